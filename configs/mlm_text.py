@@ -1,0 +1,34 @@
+"""BERT's masked language modelling on the text of Python's standard library, judged by which package a text is from.
+
+    python -m sslx.main --config configs/mlm_text.py --workdir /tmp/mlm_text
+
+Bytes, 15 % masked anew at every step, the head on masked positions only. The probe tells the standard
+library's packages apart from 256 bytes of them, on files that are held out from training.
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    debug = arg == "debug"
+    steps = 24 if debug else 3000
+    width, length = (64, 64) if debug else (256, 256)
+    config = ml_collections.ConfigDict()
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    config.model = dict(name="transformer", vocab_size=384, max_length=length, width=width, depth=2 if debug else 4,
+                        heads=width // 32, norm="layer", mlp="gelu", position="rope", remat="none", dtype="bfloat16")
+    config.objective = dict(name="masked_lm", rate=0.15, whole_word=False)
+    text = dict(name="text", path="stdlib", length=length)
+    config.data = dict(batch_size=8 if debug else 16, train=text | dict(split="train"))
+    config.optim = dict(steps=steps, learning_rate=1e-3, schedule="cosine", warmup=steps // 10, weight_decay=0.01,
+                        b2=0.98, clip=1.0)
+    config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 2, save_every=steps // 3)
+    labelled = text | dict(labels="package")
+    config.evals = dict(
+        batch_size=8 if debug else 64,
+        heldout=dict(source=text | dict(split="heldout"), batches=2 if debug else 16),
+        labelled=dict(train=labelled | dict(split="train", limit=100 if debug else 4000),
+                      test=labelled | dict(split="heldout", limit=50 if debug else 1000)),
+        probe=dict(), knn=dict(k=5), collapse=dict(),
+    )
+    return config

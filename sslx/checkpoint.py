@@ -1,0 +1,82 @@
+"""Checkpoints: Orbax, saved in the background, restored onto any mesh; and the config a workdir belongs to."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from sslx.config import UserError
+from sslx.state import TrainState
+
+# What may differ between a run and its resumption: nothing of it changes what is computed.
+FREE = ("mesh", "evals", "data.workers", "run.log_every", "run.eval_every", "run.save_every", "run.keep")
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: pathlib.Path, keep: int):
+        self.manager = ocp.CheckpointManager(
+            workdir.absolute() / "checkpoints",
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True))
+
+    def latest(self) -> int | None:
+        """The newest step that was saved completely."""
+        return self.manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Starts saving; the device buffers are copied before this returns, so the state may be donated."""
+        step = int(state.step)
+        if step not in self.manager.all_steps():
+            self.manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state at `step`, sharded as `abstract` says, whatever mesh it was saved from."""
+        return TrainState(**self.manager.restore(step, args=ocp.args.StandardRestore(abstract._asdict())))
+
+    def close(self) -> None:
+        """Waits until what was started is saved."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def claim(workdir: pathlib.Path, config: dict[str, Any], fingerprint: str) -> None:
+    """Binds a new workdir to its config and data, or checks that an old one belongs to them.
+
+    Raises UserError with the differences if it holds a run of another config or of other data.
+    """
+    path = workdir / "config.json"
+    mine = flat(config) | {"data fingerprint": fingerprint}
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        changed = {k: (theirs.get(k), mine.get(k)) for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k)}
+        changed = {k: v for k, v in changed.items() if not any(k == f or k.startswith(f + ".") for f in FREE)}
+        if changed:
+            lines = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
+            raise UserError(f"{workdir} holds a run of another config ({lines}). Use another --workdir, or the config of"
+                            f" that run ({path})")
+        return
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(mine, indent=2))
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested dicts, tuples as lists, as JSON would give them back."""
+    items = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            items |= flat(value, f"{prefix}{key}.")
+        else:
+            items[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return items
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)

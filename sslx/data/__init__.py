@@ -1,0 +1,66 @@
+"""Data sources: random access to raw examples. One file per kind of source, each with a `make`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+Example = dict[str, Any]
+
+
+class BadRecord(Exception):
+    """A record that cannot be read: which one, and why. Raised by `examples[i]`, never by `make`."""
+
+    def __init__(self, record: str, reason: str):
+        super().__init__(record, reason)
+        self.record, self.reason = record, reason
+
+    def __str__(self) -> str:
+        return f"{self.record}: {self.reason}"
+
+
+class RandomAccess(Protocol):
+    """Examples by index: `source[i]` is a pure function of i, for 0 <= i < len(source).
+
+    One that can read many at once also has `rows(indices_B) -> {field: array [B, ...]}`, equal to the
+    stacked `source[i]` and never raising BadRecord; the pipeline then takes a whole batch in one call.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Info(NamedTuple):
+    """What the networks and objectives must know of a source.
+
+    name:            for logs.
+    modality:        "text" or "image".
+    vocab_size:      token ids are in [0, vocab_size), special tokens included.
+    special:         ids of special tokens by name: "eod", "mask", "pad", "sentinel" (the first of
+                     `n_sentinels` consecutive ids).
+    word_starts:     bool per token id: this token begins a word (whole-word masking); None if unknown.
+    bytes_per_token: UTF-8 bytes of the text over its tokens, for bits per byte.
+    length:          T of `tokens` [T], or None.
+    shape:           (H, W, C) of `image`, or None.
+    num_classes:     if examples carry `label`.
+    fingerprint:     changes when the content does: a checkpoint refuses to resume on other data.
+    decode:          token ids -> text.
+    """
+
+    name: str
+    modality: str
+    fingerprint: str
+    vocab_size: int | None = None
+    special: Mapping[str, int] = {}
+    n_sentinels: int = 0
+    word_starts: Sequence[bool] | None = None
+    bytes_per_token: float | None = None
+    length: int | None = None
+    shape: tuple[int, int, int] | None = None
+    num_classes: int | None = None
+    decode: Any = None
+
+
+class Source(NamedTuple):
+    """One pass over raw examples in their natural order, and what is known of them."""
+
+    examples: RandomAccess
+    info: Info

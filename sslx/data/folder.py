@@ -1,0 +1,75 @@
+"""A folder of images, one subfolder a class."""
+
+import io
+import pathlib
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from sslx.config import UserError
+from sslx.data import BadRecord, Example, Info, Source, corpus
+from sslx.data.fingerprint import fingerprint
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 1 << 26  # 64 megapixels: more is a decompression bomb, or not for training
+
+
+class Images:
+    """Example i is the decoded file i; one that cannot be decoded raises BadRecord."""
+
+    def __init__(self, paths: list[pathlib.Path], labels: list[int], size: int):
+        self.paths, self.labels, self.size = paths, labels, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Example:
+        path = self.paths[index]
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise BadRecord(str(path), str(error)) from error
+        return {"image": decode(content, self.size, str(path)), "label": np.int32(self.labels[index])}
+
+
+def make(*, path: str, size: int, split: Literal["train", "heldout", "all"] = "all", heldout: float = 0.05) -> Source:
+    """Labelled images: image uint8[size, size, 3] (shorter side to `size`, centre crop), label int32.
+
+    A class is a subfolder of `path`, in alphabetical order; images at any depth below belong to it.
+    An image is held out by a hash of its relative path. Raises UserError if there is no image.
+    """
+    root = pathlib.Path(path)
+    if size < 1:
+        raise UserError(f"config.data.size is {size}; it takes a positive number of pixels")
+    images = sorted(p for p in root.glob("*/**/*") if p.suffix.lower() in SUFFIXES)
+    keys = {p: p.relative_to(root).as_posix() for p in images}
+    classes = sorted({key.partition("/")[0] for key in keys.values()})
+    images = [p for p in images if corpus.in_split(keys[p], split, heldout)]
+    if not images:
+        raise UserError(f"config.data.path is {path!r}, which has no image in its split {split!r}. It takes a folder"
+                        f" with a subfolder for each class, with files {', '.join(SUFFIXES)}")
+    labels = [classes.index(keys[p].partition("/")[0]) for p in images]
+    content = [(keys[p], p.stat().st_size) for p in images]
+    info = Info(name=f"folder:{root.name}/{split}", modality="image", shape=(size, size, 3), num_classes=len(classes),
+                fingerprint=fingerprint(content, size))
+    return Source(Images(images, labels, size), info)
+
+
+def decode(content: bytes, size: int, record: str) -> np.ndarray:
+    """An encoded image -> uint8[size, size, 3]: the shorter side to `size`, then the centre. Raises BadRecord."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise BadRecord(record, f"{width} x {height} pixels are more than {MAX_PIXELS}")
+            image.draft("RGB", (size, size))  # lets a JPEG decode at a fraction of its size
+            scale = size / min(image.size)
+            shape = [max(size, round(n * scale)) for n in image.size]
+            resized = image.convert("RGB").resize(shape, Image.Resampling.BICUBIC)
+    except BadRecord:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise BadRecord(record, f"not an image that can be decoded ({error})") from error
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    return np.asarray(resized.crop((left, top, left + size, top + size)))

@@ -1,0 +1,191 @@
+"""Evaluations: numbers about frozen parameters. One file per evaluation.
+
+The `make(...)` of a file returns `Subject -> {metric: number}`; its keyword arguments are the schema of the
+section of that name in `config.evals`. Beside these sections, config.evals holds
+
+    every       steps between evaluations (for the loop).
+    batch_size  rows of the batches that are evaluated.
+    labelled    sections of the sources `train` and `test`, whose examples carry `label`.
+
+An evaluation whose section has a `source` gets the built source as the split of its own name.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from sslx import config
+from sslx.config import UserError
+from sslx.data import Source, pipeline
+from sslx.objectives import Aux, Objective, Params
+from sslx.sharding import batch_sharding, batch_shards
+
+Evaluation = Callable[["Subject"], dict[str, float]]
+HostBatch = dict[str, np.ndarray]
+
+MACHINERY = ("every", "batch_size", "labelled")
+
+
+class Subject:
+    """Frozen parameters under evaluation, with the features of each split computed once.
+
+    `encode` maps a host batch to features float32 [B, D] on the host; `loss` maps a host batch and its
+    number, which fixes its key, to metrics, or is None where there is no objective (raw inputs).
+    """
+
+    def __init__(self, encode: Callable[[HostBatch], np.ndarray],
+                 loss: Callable[[HostBatch, int], dict[str, jax.Array]] | None,
+                 splits: Mapping[str, Source], batch_size: int, on_bad: pipeline.OnBad = "skip"):
+        self.encode, self.loss, self.splits, self.batch_size, self.on_bad = encode, loss, splits, batch_size, on_bad
+        self.computed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def features(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Features float32 [N, D] of all readable examples of a split, and labels int [N] (-1 for none)."""
+        if split not in self.computed:
+            features, labels = [], []
+            for batch, counts in batches(self.split(split), self.batch_size, self.on_bad):
+                features.append(self.encode(inputs(batch))[counts])
+                labels.append(batch["label"][counts] if "label" in batch else np.full(counts.sum(), -1))
+            self.computed[split] = np.concatenate(features), np.concatenate(labels).astype(np.int64)
+        return self.computed[split]
+
+    def split(self, name: str) -> Source:
+        """The source of a split. Raises UserError if the config has none."""
+        if name not in self.splits:
+            where = f"evals.labelled.{name}" if name in ("train", "test") else f"evals.{name}.source"
+            raise UserError(f"an evaluation needs the split {name!r}, and {where} is not in the config:"
+                            " add the section of a data source there, or remove the evaluation")
+        return self.splits[name]
+
+
+class Evaluate(NamedTuple):
+    """evaluate:     (params, aux) -> metrics of all evaluations of the config.
+    baseline_raw: () -> accuracies `<metric>@raw` with the inputs themselves as features.
+    every:        steps between evaluations.
+    """
+
+    evaluate: Callable[[Params, Aux], dict[str, float]]
+    baseline_raw: Callable[[], dict[str, float]]
+    every: int
+
+
+def make(section: Mapping[str, Any], objective: Objective, mesh: jax.sharding.Mesh,
+         on_bad: pipeline.OnBad = "skip") -> Evaluate:
+    """The evaluations of `config.evals`, compiled once for all their calls.
+
+    Raises UserError for unknown keys, sources that cannot be opened, and a batch size that does not
+    divide over the mesh.
+    """
+    settings = config.call(machinery, {k: section[k] for k in MACHINERY if k in section}, "evals")
+    if settings.batch_size < 1 or settings.batch_size % batch_shards(mesh):
+        raise UserError(f"evals.batch_size is {settings.batch_size}; it takes a positive multiple of the"
+                        f" {batch_shards(mesh)} shards of a batch on this mesh (data x fsdp)")
+    splits = {k: pipeline.source(s, f"evals.labelled.{k}", on_bad) for k, s in settings.labelled.items()}
+    evaluations: dict[str, Evaluation] = {}
+    for key, options in section.items():
+        if key in MACHINERY or options is None:
+            continue
+        if not hasattr(options, "items"):
+            raise UserError(f"evals.{key} is {options!r}; it takes a section: the options of the evaluation"
+                            f" sslx/evals/{key}.py, dict() for its defaults")
+        options = dict(options.items())
+        if "source" in options:
+            splits[key] = pipeline.source(options.pop("source"), f"evals.{key}.source", on_bad)
+        evaluations[key] = config.build("evals", {"name": key, **options}, f"evals.{key}")
+
+    return assemble(evaluations, splits, objective, mesh,
+                    batch_size=settings.batch_size, every=settings.every, on_bad=on_bad)
+
+
+def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source], objective: Objective,
+             mesh: jax.sharding.Mesh, *, batch_size: int, every: int,
+             on_bad: pipeline.OnBad = "skip") -> Evaluate:
+    """Evaluations of sources that are open: what `make` does after reading the config."""
+    encode = jax.jit(lambda params, aux, batch: jax.sharding.reshard(objective.encode(params, aux, batch), P()))
+
+    @jax.jit
+    def loss(params, aux, batch, number):
+        return objective.loss(params, aux, batch, jax.random.fold_in(jax.random.key(0), number))[1][1]
+
+    def on_mesh(batch):
+        sharding = batch_sharding(mesh)
+        return {k: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for k, x in batch.items()}
+
+    def evaluate(params, aux):
+        def encoded(batch):
+            with jax.set_mesh(mesh):
+                return np.asarray(encode(params, aux, on_mesh(batch)), np.float32)
+
+        def metrics(batch, number):
+            with jax.set_mesh(mesh):
+                return loss(params, aux, on_mesh(batch), number)
+
+        return run(Subject(encoded, metrics, splits, batch_size, on_bad))
+
+    def run(subject):
+        # Every process evaluates the same features by itself, on one device, away from the mesh.
+        with jax.set_mesh(single(jax.local_devices()[0])):
+            return {name: value for evaluation in evaluations.values() for name, value in evaluation(subject).items()}
+
+    def baseline_raw():
+        metrics = run(Subject(raw_features, None, splits, batch_size, on_bad))
+        return {f"{name}@raw": value for name, value in metrics.items() if name.endswith("/accuracy")}
+
+    return Evaluate(evaluate, baseline_raw, every)
+
+
+class Machinery(NamedTuple):
+    every: int
+    batch_size: int
+    labelled: Mapping[str, Any]
+
+
+def machinery(*, every: int = 500, batch_size: int = 256, labelled: Mapping | None = None) -> Machinery:
+    sections = dict(labelled.items()) if labelled else {}
+    for key in sections:
+        if key not in ("train", "test"):
+            raise UserError(f"unknown key evals.labelled.{key}{config.nearest(key, ('train', 'test'))}")
+    return Machinery(every, batch_size, sections)
+
+
+def single(device: jax.Device) -> jax.sharding.Mesh:
+    return jax.make_mesh((1,), ("device",), devices=[device])
+
+
+def batches(source: Source, batch_size: int, on_bad: pipeline.OnBad,
+            limit: int | None = None) -> Iterator[tuple[HostBatch, np.ndarray]]:
+    """(batch, counts bool [B]) in the order of the source, the last batch filled with the first examples.
+
+    `counts` is False for what fills the last batch and for what stands in for a bad record.
+    """
+    stream, total = pipeline.stream(source, seed=0, shuffle=False, on_bad=on_bad), len(source.examples)
+    for first in range(0, total, batch_size)[:limit]:
+        places_B = np.arange(first, first + batch_size)
+        batch = stream.rows(places_B)
+        yield batch, (places_B < total) & (batch["skipped"] == 0)
+
+
+def inputs(batch: HostBatch) -> HostBatch:
+    """What an objective sees of a batch: no labels, in the types of the training batches."""
+    return {k: pipeline.narrow(x) for k, x in batch.items() if k not in ("label", "index", "skipped")}
+
+
+def raw_features(batch: HostBatch) -> np.ndarray:
+    """The inputs as features: pixels in [0, 1], or the shares of token ids (modulo 4096), float32 [B, D]."""
+    if "image" in batch:
+        images = batch["image"]
+        return images.reshape(len(images), -1).astype(np.float32) / (255 if images.dtype == np.uint8 else 1)
+    if "tokens" in batch:
+        tokens_BT = batch["tokens"] % 4096
+        return np.stack([np.bincount(row, minlength=4096) for row in tokens_BT]).astype(np.float32) / tokens_BT.shape[1]
+    arrays = [x.reshape(len(x), -1) for x in batch.values()]
+    return np.concatenate(arrays, 1).astype(np.float32)
+
+
+def binomial_stderr(accuracy: float, n: int) -> float:
+    """The standard error of a share of n independent trials: sqrt(a (1 - a) / n)."""
+    return math.sqrt(accuracy * (1 - accuracy) / n)

@@ -1,0 +1,43 @@
+"""Signs of collapse: features that use few directions, or one point. N examples, D features."""
+
+from typing import Literal
+
+import numpy as np
+
+from sslx.config import UserError
+from sslx.evals import Evaluation, Subject
+
+
+def make(*, split: Literal["train", "test", "heldout"] = "test", rows: int = 25600) -> Evaluation:
+    """`rankme` and `feature_std` of the first `rows` features of a split; labels are not needed."""
+    if rows < 2:
+        raise UserError(f"evals.collapse.rows is {rows}; it takes at least 2")
+
+    def evaluate(subject: Subject) -> dict[str, float]:
+        features_ND = subject.features(split)[0][:rows]
+        return {"rankme": rankme(features_ND), "feature_std": feature_std(features_ND)}
+
+    return evaluate
+
+
+def rankme(features_ND: np.ndarray, eps: float = 1e-7) -> float:
+    """exp(-sum_i p_i ln p_i), p_i = sigma_i / sum_j sigma_j + eps over singular values: 1 (collapsed) to min(N, D).
+
+    The singular values are the roots of the eigenvalues of the smaller Gram matrix, in float64.
+    Garrido et al. 2023.
+    """
+    x = features_ND.astype(np.float64)
+    gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T
+    sigma = np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0))
+    p = sigma / max(sigma.sum(), np.finfo(np.float64).tiny) + eps
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def feature_std(features_ND: np.ndarray) -> float:
+    """sqrt(D) times the mean over dimensions of the deviation of unit features: 0 (collapsed) to 1 (spread).
+
+    Chen and He 2021.
+    """
+    lengths_N1 = np.linalg.norm(features_ND, axis=1, keepdims=True)
+    unit_ND = features_ND / np.maximum(lengths_N1, 1e-12)
+    return float(np.sqrt(features_ND.shape[1]) * unit_ND.std(0).mean())

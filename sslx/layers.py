@@ -1,0 +1,360 @@
+"""Layers: everything that knows how weights and activations lie on the mesh.
+
+A weight names the logical axis of each of its dimensions and is born sharded by `sharding.RULES`; it is
+gathered over `fsdp`, in the compute dtype, where it is used. Activations keep their rows over the data
+axes, and heads, hidden units and vocabulary over `tensor`; where both sides of a product are sharded on
+the contracted axis, `Linear` states the sharding of the sum.
+
+Shapes: B batch, T and S time or patches, D model, F hidden, H heads, G key-value heads, R query heads per
+key-value head, K head dim, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sslx import flops
+from sslx.config import UserError
+from sslx.sharding import RULES, gather, spec
+
+Mask = Literal["causal", "bidirectional", "prefix"]
+Remat = Literal["none", "dots", "full"]
+
+POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+
+
+def weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+    """A float32 parameter of `module` whose dimensions have these logical axes.
+
+    Raises UserError if a dimension does not divide over its mesh axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh().shape
+    for size, axis in zip(shape, axes, strict=True):
+        devices = mesh[RULES[axis]] if axis else 1
+        if size % devices:
+            where = "/".join((*module.path, name))
+            raise UserError(f"{where} {shape} has {size} along {axis!r}, which mesh.{RULES[axis]}={devices} does not"
+                            f" divide; choose a multiple of {devices}, or a smaller mesh.{RULES[axis]}")
+    return module.param(name, init, shape, jnp.float32, spec(*axes))
+
+
+def fan_in(n_in: int = 1, scale: float = 1.0) -> Callable:
+    """Truncated normal of variance scale² / fan-in, the fan-in being the first `n_in` dimensions."""
+
+    def init(key, shape, dtype, out_sharding):
+        std = scale / math.sqrt(math.prod(shape[:n_in]))
+        return std / 0.87962566 * jax.random.truncated_normal(key, -2, 2, shape, dtype, out_sharding=out_sharding)
+
+    return init
+
+
+class Linear(nn.Module):
+    """y = x w + b over the last `n_in` dimensions of x; `features` may be several dimensions."""
+
+    features: int | tuple[int, ...]
+    axes: tuple[str | None, ...]
+    n_in: int = 1
+    bias: bool = True
+    scale: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        features = (self.features,) if isinstance(self.features, int) else self.features
+        shape = (*x.shape[-self.n_in:], *features)
+        w = weight(self, "kernel", fan_in(self.n_in, self.scale), shape, self.axes)
+        in_axes, out_axes = self.axes[:self.n_in], self.axes[self.n_in:]
+        summed = any(RULES[a] == "tensor" for a in in_axes)
+        lead = (None,) * (x.ndim - self.n_in - 1)
+        out = spec("batch", *lead, *(a if RULES[a] == "tensor" else None for a in out_axes)) if summed else None
+        contracted, kept = "abc"[:self.n_in], "xyz"[:len(features)]
+        y = jnp.einsum(f"...{contracted},{contracted}{kept}->...{kept}", x.astype(self.dtype),
+                       gather(w.astype(self.dtype)), out_sharding=out)
+        if self.bias:
+            y = y + gather(weight(self, "bias", nn.initializers.zeros, features, out_axes).astype(self.dtype))
+        return y
+
+
+class Embed(nn.Module):
+    """A table [V, D] to look token ids up in, and to score hidden states against (tied head)."""
+
+    size: int
+    width: int
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        init = nn.initializers.normal(0.02)
+        self.embedding = weight(self, "embedding", init, (self.size, self.width), ("vocab", "embed"))
+
+    def __call__(self, ids_BT):
+        table = gather(self.embedding.astype(self.dtype))
+        return table.at[ids_BT].get(out_sharding=spec("batch", None, None))
+
+    def attend(self, x_BTD):
+        return jnp.einsum("btd,vd->btv", x_BTD, gather(self.embedding.astype(self.dtype)))
+
+
+class Norm(nn.Module):
+    """LayerNorm (x - mean) / std * g + b, or RMSNorm x / rms * g, over the last dimension in float32."""
+
+    kind: Literal["layer", "rms"] = "layer"
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        x32 = x.astype(jnp.float32)
+        if self.kind == "layer":
+            x32 = x32 - x32.mean(-1, keepdims=True)
+        y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.epsilon)
+        y = y * weight(self, "scale", nn.initializers.ones, x.shape[-1:], (None,))
+        if self.kind == "layer":
+            y = y + weight(self, "bias", nn.initializers.zeros, x.shape[-1:], (None,))
+        return y.astype(x.dtype)
+
+
+def rope(x, positions_BT, base: float = 10_000.0):
+    """Rotary positions: pairs (x_i, x_{i + K/2}) turned by position * base^(-2 i / K) (Su et al. 2021).
+
+    x [B, T, ..., K] float, positions [B, T] or [1, T] int.
+    """
+    half = x.shape[-1] // 2
+    angle = positions_BT[..., None] * base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), half)
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+def visible(mask: Mask, T: int, S: int, prefix_B=None, segments: tuple | None = None):
+    """Which keys a query sees: bool [1 or B, T, S], or None for all.
+
+    causal: s <= t. prefix: s <= t or s < prefix_B. segments: (of queries [B, T], of keys [B, S]) must be equal.
+    """
+    seen = None
+    if mask != "bidirectional":
+        seen = jnp.tril(jnp.ones((T, S), bool))[None]
+    if mask == "prefix":
+        seen = seen | (jnp.arange(S) < prefix_B[:, None, None])
+    if segments is not None:
+        same = segments[0][:, :, None] == segments[1][:, None, :]
+        seen = same if seen is None else seen & same
+    return seen
+
+
+def attention(q_BTGRK, k_BSGK, v_BSGK, *, mask: Mask, prefix_B=None, segments=None, bias_GRTS=None):
+    """softmax(q k^T / sqrt(K) + bias, over visible keys) v, float32 inside; [B, T, G, R, K] in the dtype of q.
+
+    Rows that see no key do not occur: a query sees at least itself.
+    """
+    T, S = q_BTGRK.shape[1], k_BSGK.shape[1]
+    needed = (T + 1, 2 * T) if mask == "causal" else (1, 1)
+    with flops.scaled(*needed):
+        logits = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    logits = logits / math.sqrt(q_BTGRK.shape[-1])
+    if bias_GRTS is not None:
+        logits = logits + bias_GRTS
+    seen = visible(mask, T, S, prefix_B, segments)
+    if seen is not None:
+        logits = jnp.where(seen[:, None, None], logits, -1e30)
+    p = jax.nn.softmax(logits, -1).astype(q_BTGRK.dtype)
+    with flops.scaled(*needed):
+        return jnp.einsum("bgrts,bsgk->btgrk", p, v_BSGK)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; grouped queries if kv_heads < heads; onto `memory` if it is given."""
+
+    heads: int
+    kv_heads: int
+    bias: bool
+    qk_norm: bool
+    rope: bool
+    out_scale: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD, memory_BSD=None, *, positions=None, bias_GRTS=None, **masking):
+        width = x_BTD.shape[-1]
+        G, R, K = self.kv_heads, self.heads // self.kv_heads, width // self.heads
+
+        def project(n, name, x):
+            return Linear((G, n, K), ("embed", "heads", None, None), bias=self.bias, dtype=self.dtype, name=name)(x)
+
+        if memory_BSD is None:
+            qkv = project(R + 2, "qkv", x_BTD)
+            q, k, v = qkv[..., :R, :], qkv[..., R, :], qkv[..., R + 1, :]
+        else:
+            q, kv = project(R, "q", x_BTD), project(2, "kv", memory_BSD)
+            k, v = kv[..., 0, :], kv[..., 1, :]
+        if self.qk_norm:
+            q, k = Norm("rms", name="q_norm")(q), Norm("rms", name="k_norm")(k)
+        if self.rope:
+            q, k = rope(q, positions), rope(k, positions)
+        y = attention(q, k, v, bias_GRTS=bias_GRTS, **masking)
+        return Linear(width, ("heads", None, None, "embed"), n_in=3, bias=self.bias, scale=self.out_scale,
+                      dtype=self.dtype, name="out")(y)
+
+
+class Mlp(nn.Module):
+    """w2 gelu(w1 x), or SwiGLU w2 (silu(w1 x) * w3 x) (Shazeer 2020)."""
+
+    hidden: int
+    kind: Literal["gelu", "swiglu"]
+    bias: bool
+    out_scale: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        if self.kind == "gelu":
+            h = nn.gelu(Linear(self.hidden, ("embed", "hidden"), bias=self.bias, dtype=self.dtype, name="up")(x))
+        else:
+            gate_up = Linear((2, self.hidden), ("embed", None, "hidden"), bias=self.bias, dtype=self.dtype, name="up")(x)
+            h = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+        return Linear(x.shape[-1], ("hidden", "embed"), bias=self.bias, scale=self.out_scale, dtype=self.dtype,
+                      name="down")(h)
+
+
+def residual(x, update):
+    """x + update. On CPU a barrier keeps XLA from recomputing the chain of residuals in every consumer."""
+    y = x + update
+    return jax.lax.optimization_barrier(y) if jax.default_backend() == "cpu" else y
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: self-attention, attention onto `memory` if there is one, MLP."""
+
+    heads: int
+    kv_heads: int | None = None
+    hidden: int | None = None
+    norm: Literal["layer", "rms"] = "layer"
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    bias: bool = True
+    qk_norm: bool = False
+    rope: bool = False
+    out_scale: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BTD, memory_BSD, masking):
+        common = dict(heads=self.heads, kv_heads=self.kv_heads or self.heads, bias=self.bias, qk_norm=self.qk_norm,
+                      out_scale=self.out_scale, dtype=self.dtype)
+        h = Norm(self.norm, name="attention_norm")(x_BTD)
+        x_BTD = residual(x_BTD, Attention(**common, rope=self.rope, name="attention")(h, **masking))
+        if memory_BSD is not None:
+            h = Norm(self.norm, name="cross_norm")(x_BTD)
+            x_BTD = residual(x_BTD, Attention(**common, rope=False, name="cross")(h, memory_BSD, mask="bidirectional"))
+        h = Norm(self.norm, name="mlp_norm")(x_BTD)
+        mlp = Mlp(self.hidden or 4 * x_BTD.shape[-1], self.mlp, self.bias, self.out_scale, self.dtype, name="mlp")
+        return residual(x_BTD, mlp(h))
+
+
+class Stack(nn.Module):
+    """`depth` blocks: scanned with stacked weights or unrolled, with a rematerialization policy.
+
+    remat: "none" keeps all activations, "dots" the products with weights, "full" only the residual stream.
+    """
+
+    depth: int
+    block: dict[str, Any]
+    scan: bool = True
+    remat: Remat = "none"
+
+    @nn.compact
+    def __call__(self, x_BTD, memory_BSD=None, *, mask: Mask, **masking):
+        width, heads = x_BTD.shape[-1], self.block["heads"]
+        if width % heads:
+            raise UserError(f"a width of {width} does not divide into {heads} heads")
+        if heads % (self.block.get("kv_heads") or heads):
+            raise UserError(f"{heads} heads do not divide into kv_heads={self.block['kv_heads']} groups")
+
+        # `mask` is a word, so it is closed over: what scan and remat pass on must be arrays.
+        def body(block, x, memory, masking):
+            return block(x, memory, masking | {"mask": mask})
+
+        options = dict(self.block) | {"out_scale": 1 / math.sqrt(2 * self.depth)}
+        if self.remat != "none":
+            body = nn.remat(body, prevent_cse=not self.scan, policy=POLICIES[self.remat])
+        if self.scan:
+            def step(block, x, memory, masking):
+                return body(block, x, memory, masking), None
+
+            scanned = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth,
+                              in_axes=(nn.broadcast, nn.broadcast))
+            return scanned(Block(**options, name="blocks"), x_BTD, memory_BSD, masking)[0]
+        for i in range(self.depth):
+            x_BTD = body(Block(**options, name=f"block_{i}"), x_BTD, memory_BSD, masking)
+        return x_BTD
+
+
+class Conv(nn.Module):
+    """A convolution without bias, [B, H, W, C] -> [B, H', W', features], padded by kernel // 2.
+
+    On CPU it is the matrix product of image patches: training is several times faster than by XLA's convolution.
+    """
+
+    features: int
+    kernel: int
+    stride: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        k, s, pad = self.kernel, self.stride, self.kernel // 2
+        _, height, width, channels = x_BHWC.shape
+        w = weight(self, "kernel", fan_in(3, math.sqrt(2)), (k, k, channels, self.features), (None, None, None, "embed"))
+        w, x = gather(w.astype(self.dtype)), x_BHWC.astype(self.dtype)
+        if jax.default_backend() != "cpu":
+            return jax.lax.conv_general_dilated(x, w, (s, s), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        rows, cols = (height + 2 * pad - k) // s + 1, (width + 2 * pad - k) // s + 1
+        patches = [x[:, i:i + s * (rows - 1) + 1:s, j:j + s * (cols - 1) + 1:s] for i in range(k) for j in range(k)]
+        return jnp.einsum("bhwp,po->bhwo", jnp.concatenate(patches, -1), w.reshape(-1, self.features))
+
+
+class BatchNorm(nn.Module):
+    """(x - mean) / std over all but the last dimension of the global batch (Ioffe & Szegedy 2015).
+
+    With `train` the statistics are those of the batch, and their running mean, kept in the collection
+    "batch_stats", moves on; otherwise they are the running ones.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    affine: bool = True
+    zero_init: bool = False
+
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+        x32, shape = x.astype(jnp.float32), x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        if train:
+            axes = tuple(range(x.ndim - 1))
+            mean = x32.mean(axes)
+            var = jnp.square(x32).mean(axes) - jnp.square(mean)
+            if not self.is_initializing():
+                for running, value in ((running_mean, mean), (running_var, var)):
+                    running.value = self.momentum * running.value + (1 - self.momentum) * jax.lax.stop_gradient(value)
+        else:
+            mean, var = running_mean.value, running_var.value
+        scale = jax.lax.rsqrt(var + self.epsilon)
+        if self.affine:
+            gain = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+            scale = scale * weight(self, "scale", gain, shape, (None,))
+        y = (x32 - mean) * scale
+        if self.affine:
+            y = y + weight(self, "bias", nn.initializers.zeros, shape, (None,))
+        return y.astype(x.dtype)
+
+
+def cross_entropy(logits, targets):
+    """-log softmax(logits)[target], float32; logits [..., V] may be sharded over V, targets int [...]."""
+    logits = logits.astype(jnp.float32)
+    ids = jax.lax.broadcasted_iota(jnp.int32, (logits.shape[-1],), 0)
+    chosen = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
+    return jax.nn.logsumexp(logits, -1) - chosen

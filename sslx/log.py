@@ -1,0 +1,137 @@
+"""The log of a workdir: metrics.jsonl is the truth, TensorBoard and the progress bar are for looking at.
+
+metrics.jsonl holds one {"kind": "run", ...} record, then a {"kind": "point", ...} per log or evaluation. Its
+schema is the same for all objectives; notebooks, fits and reports read it and nothing else.
+"""
+
+import json
+import math
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from sslx.config import UserError
+
+SCHEMA_VERSION = 1
+Record = dict[str, Any]
+
+
+class Logger:
+    """Writes one workdir's log, from one process (`show`); the others' loggers do nothing."""
+
+    def __init__(self, workdir: pathlib.Path, run: Record, resume_step: int | None, total_steps: int, show: bool):
+        self.show, self.wall_s, self.shown_at = show, 0.0, -1
+        self.path = workdir / "metrics.jsonl"
+        if not show:
+            return
+        record = {"kind": "run", "schema_version": SCHEMA_VERSION, **run}
+        if resume_step is None:
+            self.path.write_text("")
+            self.append(record)
+        else:
+            self.resume(record, resume_step)
+        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step)
+        self.bar = tqdm(total=total_steps, initial=resume_step or 0, unit="step", file=sys.stdout, dynamic_ncols=True,
+                        smoothing=0.05, disable=not sys.stdout.isatty())
+
+    def resume(self, record: Record, step: int) -> None:
+        """Drops points after `step`, which will be written again; a machine that changed is a new run record."""
+        runs, points = read(self.path.parent)
+        kept = [*runs, *(p for p in points if p["step"] <= step)]
+        if {**runs[-1], "resumed_from": None} != {**strict(record), "resumed_from": None}:
+            kept.append({**record, "resumed_from": step})
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line(r) for r in kept))
+        temporary.replace(self.path)
+        self.wall_s = max((p["wall_s"] for p in points if p["step"] <= step), default=0.0)
+
+    def append(self, record: Record) -> None:
+        with self.path.open("a") as file:
+            file.write(line(record))
+
+    def point(self, *, step: int, metrics: Record, split: str, **fields: Any) -> None:
+        """One point of the log."""
+        if not self.show:
+            return
+        self.append({"kind": "point", "step": step, **fields, "split": split, "metrics": metrics})
+        numbers = {f"{split}/{name}": v for name, v in metrics.items()}
+        numbers |= {name: fields[name] for name in ("lr", "tokens_per_s", "mfu") if name in fields}
+        for name, value in numbers.items():
+            if value is not None:
+                self.board.add_scalar(name, value, step)
+        if split == "eval" and step:
+            tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), file=sys.stdout)
+
+    def progress(self, step: int, *, loss: float, tokens_per_s: float, mfu: float | None) -> None:
+        """The bar on a terminal; elsewhere a line at every twentieth part of the run."""
+        if not self.show:
+            return
+        shown = dict(loss=f"{loss:.4f}", **{"tokens/s": f"{tokens_per_s:,.0f}"}, MFU="-" if mfu is None else f"{mfu:.0%}")
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+        part = 20 * step // self.bar.total
+        if self.bar.disable and part != self.shown_at:
+            self.shown_at = part
+            print(f"step {step}/{self.bar.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+
+    def close(self) -> None:
+        if self.show:
+            self.bar.close()
+            self.board.close()
+
+
+def strict(value: Any) -> Any:
+    """The value as strict JSON gives it back: no NaN, no tuples, no NumPy."""
+    if isinstance(value, dict):
+        return {str(k): strict(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def line(record: Record) -> str:
+    return json.dumps(strict(record), allow_nan=False) + "\n"
+
+
+def read(workdir: pathlib.Path | str) -> tuple[list[Record], list[Record]]:
+    """(runs, points) of a workdir's metrics.jsonl. A last line cut short by a kill is left out.
+
+    Raises UserError if there is no log, or a line within it is no record.
+    """
+    path = pathlib.Path(workdir)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path} does not exist: {workdir} is no workdir of a run")
+    records = []
+    lines = path.read_text().split("\n")
+    for number, text in enumerate(lines, 1):
+        try:
+            if text:
+                records.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path} line {number} is not JSON ({error}); remove the line") from error
+    return [r for r in records if r["kind"] == "run"], [r for r in records if r["kind"] == "point"]
+
+
+def summary(workdir: pathlib.Path | str) -> str:
+    """A table of the newest value of every evaluated metric beside its baselines."""
+    _, points = read(workdir)
+    newest: dict[str, float] = {}
+    for point in points:
+        if point["split"] == "eval":
+            newest |= {k: v for k, v in point["metrics"].items() if v is not None}
+    names = [name for name in newest if "@" not in name]
+    rows = [("metric", "random init", "raw input", "final")]
+    for name in names:
+        values = (newest.get(f"{name}@random_init"), newest.get(f"{name}@raw"), newest[name])
+        rows.append((name, *("-" if v is None else f"{v:.4g}" for v in values)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+                     for row in rows)

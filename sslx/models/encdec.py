@@ -1,0 +1,104 @@
+"""The encoder-decoder of T5 (Raffel et al. 2020), with relative position biases or rotary positions.
+
+B batch, S source, T target, D model, H heads, V vocabulary.
+"""
+
+import math
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sslx.layers import Embed, Linear, Norm, Remat, Stack, weight
+from sslx.sharding import gather
+
+N_BUCKETS, FARTHEST = 32, 128
+
+
+def buckets(T: int, S: int, both_ways: bool) -> jax.Array:
+    """The bucket of key s seen from query t, int32 [T, S]: exact near, logarithmic to `FARTHEST`, then one."""
+    distance_TS = jnp.arange(T)[:, None] - jnp.arange(S)
+    n, first = N_BUCKETS, 0
+    if both_ways:
+        n //= 2
+        first = jnp.where(distance_TS < 0, n, 0)
+        distance_TS = jnp.abs(distance_TS)
+    distance_TS = jnp.maximum(distance_TS, 0)
+    exact = n // 2
+    growth = jnp.log(jnp.maximum(distance_TS, 1) / exact) / math.log(FARTHEST / exact)
+    far_TS = jnp.minimum(exact + (growth * (n - exact)).astype(jnp.int32), n - 1)
+    return first + jnp.where(distance_TS < exact, distance_TS, far_TS)
+
+
+class RelativeBias(nn.Module):
+    """A learned bias per head and distance bucket, shared by all layers of a stack: float32 [H, 1, T, S]."""
+
+    heads: int
+    both_ways: bool
+
+    @nn.compact
+    def __call__(self, T, S):
+        table_NH = weight(self, "embedding", nn.initializers.normal(0.1), (N_BUCKETS, self.heads), (None, "heads"))
+        one_hot_TSN = jax.nn.one_hot(buckets(T, S, self.both_ways), N_BUCKETS)
+        return jnp.einsum("tsn,nh->hts", one_hot_TSN, table_NH)[:, None]
+
+
+class EncoderDecoder(nn.Module):
+    """logits [B, T, V] of `targets` from `inputs` [B, S] and the targets before each."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    decoder_depth: int
+    block: dict[str, Any]
+    position: Literal["relative", "rope"]
+    tied: bool
+    scan: bool
+    remat: Remat
+    dtype: Any
+
+    def setup(self):
+        self.tokens = Embed(self.vocab_size, self.width, self.dtype)
+        self.encoder = Stack(self.depth, self.block, self.scan, self.remat)
+        self.decoder = Stack(self.decoder_depth, self.block, self.scan, self.remat)
+        self.encoder_norm, self.decoder_norm = Norm(self.block["norm"]), Norm(self.block["norm"])
+        if self.position == "relative":
+            heads = self.block["heads"]
+            self.encoder_bias, self.decoder_bias = RelativeBias(heads, True), RelativeBias(heads, False)
+        if not self.tied:
+            self.head = Linear(self.vocab_size, ("embed", "vocab"), bias=False, dtype=self.dtype)
+
+    def __call__(self, inputs_BS, targets_BT):
+        return self.decode(self.encode(inputs_BS), targets_BT)
+
+    def encode(self, inputs_BS):
+        """Memory [B, S, D]."""
+        S = inputs_BS.shape[1]
+        where = self.where(S, self.encoder_bias) if self.position == "relative" else self.where(S)
+        return self.encoder_norm(self.encoder(self.tokens(inputs_BS), mask="bidirectional", **where))
+
+    def decode(self, memory_BSD, targets_BT):
+        """Logits [B, T, V]; position t sees targets before t (0 stands before the first)."""
+        T = targets_BT.shape[1]
+        shifted_BT = jnp.pad(targets_BT, ((0, 0), (1, 0)))[:, :-1]
+        where = self.where(T, self.decoder_bias) if self.position == "relative" else self.where(T)
+        x_BTD = self.decoder_norm(self.decoder(self.tokens(shifted_BT), memory_BSD, mask="causal", **where))
+        return self.tokens.attend(x_BTD) if self.tied else self.head(x_BTD)
+
+    def where(self, length, bias=None):
+        """What tells the attention of a stack where its tokens are."""
+        return dict(bias_GRTS=bias(length, length)) if bias is not None else dict(positions=jnp.arange(length)[None])
+
+
+def make(*, vocab_size: int, width: int, depth: int, heads: int, decoder_depth: int | None = None,
+         hidden: int | None = None, norm: Literal["layer", "rms"] = "rms", mlp: Literal["gelu", "swiglu"] = "gelu",
+         position: Literal["relative", "rope"] = "relative", bias: bool = False, tied: bool = True, scan: bool = True,
+         remat: Remat = "none", dtype: Literal["float32", "bfloat16"] = "bfloat16") -> EncoderDecoder:
+    """An encoder-decoder; `decoder_depth` is `depth` if None, the rest as in `transformer`.
+
+    Relative biases belong to heads, so grouped queries are not offered here.
+    """
+    block = dict(heads=heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, rope=position == "rope", dtype=jnp.dtype(dtype))
+    return EncoderDecoder(vocab_size, width, depth, decoder_depth or depth, block, position, tied, scan, remat,
+                          jnp.dtype(dtype))

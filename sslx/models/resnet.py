@@ -1,0 +1,74 @@
+"""Residual networks (He et al. 2016) with a stem for large or small images.
+
+B batch, H W C image.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from sslx.layers import BatchNorm, Conv
+
+
+class Residual(nn.Module):
+    """relu(x + f(x)): two 3x3 convolutions, or the bottleneck 1x1, 3x3, 1x1 with four times the channels."""
+
+    features: int
+    stride: int
+    bottleneck: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        f, s, d = self.features, self.stride, self.dtype
+        plan = [(f, 1, 1), (f, 3, s), (4 * f, 1, 1)] if self.bottleneck else [(f, 3, s), (f, 3, 1)]
+        y = x
+        for i, (features, kernel, stride) in enumerate(plan):
+            last = i == len(plan) - 1
+            y = Conv(features, kernel, stride, d)(y)
+            y = BatchNorm(zero_init=last)(y, train=train)
+            y = y if last else nn.relu(y)
+        if x.shape != y.shape:
+            x = BatchNorm(name="shortcut_norm")(Conv(y.shape[-1], 1, s, d, name="shortcut")(x), train=train)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """Features [B, D] of images [B, H, W, C] in [0, 1]; batch statistics in the collection "batch_stats"."""
+
+    stages: tuple[int, ...]
+    width: int
+    bottleneck: bool
+    stem: Literal["imagenet", "small", "small_stride2"]
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, images_BHWC, train: bool):
+        x = ((images_BHWC - 0.5) / 0.25).astype(self.dtype)
+        kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "small_stride2": (3, 2)}[self.stem]
+        x = Conv(self.width, kernel, stride, self.dtype, name="stem")(x)
+        x = nn.relu(BatchNorm(name="stem_norm")(x, train=train))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1)] * 2)
+        for i, n_blocks in enumerate(self.stages):
+            for j in range(n_blocks):
+                stride = 2 if i and not j else 1
+                x = Residual(self.width * 2**i, stride, self.bottleneck, self.dtype, name=f"stage{i}_{j}")(x, train)
+        return x.mean((1, 2), dtype=jnp.float32)
+
+    def encode(self, images_BHWC, *, train: bool = False):
+        """The features of images: what a backbone offers."""
+        return self(images_BHWC, train)
+
+
+def make(*, stages: tuple[int, ...] = (2, 2, 2, 2), width: int = 64, bottleneck: bool = False,
+         stem: Literal["imagenet", "small", "small_stride2"] = "imagenet",
+         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> ResNet:
+    """A residual network.
+
+    stages:     blocks per stage, the first at `width` channels, each further one twice as wide at half the
+                resolution. ResNet-18: (2, 2, 2, 2). ResNet-50: (3, 4, 6, 3) with `bottleneck`.
+    stem:       "imagenet" 7x7 stride 2 and max pooling; "small" 3x3; "small_stride2" 3x3 stride 2.
+    """
+    return ResNet(stages, width, bottleneck, stem, jnp.dtype(dtype))

@@ -1,0 +1,83 @@
+"""A decoder or encoder over tokens: GPT-2-like, Llama-like or BERT-like by its arguments and its mask.
+
+B batch, T time, D model, V vocabulary.
+"""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from sslx.config import UserError
+from sslx.layers import Embed, Linear, Mask, Norm, Remat, Stack, weight
+from sslx.sharding import gather
+
+
+class Transformer(nn.Module):
+    """logits [B, T, V] = head(hidden), hidden [B, T, D] = norm(stack(embed(tokens) + positions))."""
+
+    vocab_size: int
+    max_length: int
+    width: int
+    depth: int
+    block: dict[str, Any]
+    position: Literal["learned", "rope", "none"]
+    tied: bool
+    scan: bool
+    remat: Remat
+    dtype: Any
+
+    def setup(self):
+        self.tokens = Embed(self.vocab_size, self.width, self.dtype)
+        if self.position == "learned":
+            self.positions = Embed(self.max_length, self.width, self.dtype)
+        self.stack = Stack(self.depth, self.block, self.scan, self.remat)
+        self.norm = Norm(self.block["norm"])
+        if not self.tied:
+            self.head = Linear(self.vocab_size, ("embed", "vocab"), bias=False, dtype=self.dtype)
+
+    def __call__(self, tokens_BT, mask: Mask, **options):
+        return self.logits(self.hidden(tokens_BT, mask, **options))
+
+    def hidden(self, tokens_BT, mask: Mask, *, prefix_B=None, segment_ids=None, positions=None):
+        """Hidden states [B, T, D].
+
+        mask:        "causal", "bidirectional", or "prefix": bidirectional over the first `prefix_B` tokens.
+        segment_ids: int [B, T]; tokens see their own document only.
+        positions:   int [B, T]; 0 .. T-1 if not given.
+        """
+        if positions is None:
+            positions = jnp.arange(tokens_BT.shape[1])[None]
+        x_BTD = self.tokens(tokens_BT)
+        if self.position == "learned":
+            x_BTD = x_BTD + self.positions(jnp.broadcast_to(positions, tokens_BT.shape))
+        masking = dict(positions=positions)
+        if mask == "prefix":
+            masking["prefix_B"] = prefix_B
+        if segment_ids is not None:
+            masking["segments"] = (segment_ids, segment_ids)
+        return self.norm(self.stack(x_BTD, mask=mask, **masking))
+
+    def logits(self, hidden_BTD):
+        return self.tokens.attend(hidden_BTD) if self.tied else self.head(hidden_BTD)
+
+
+def make(*, vocab_size: int, max_length: int, width: int, depth: int, heads: int, kv_heads: int | None = None,
+         hidden: int | None = None, norm: Literal["layer", "rms"] = "layer", mlp: Literal["gelu", "swiglu"] = "gelu",
+         position: Literal["learned", "rope", "none"] = "learned", bias: bool = True, qk_norm: bool = False,
+         tied: bool = True, scan: bool = True, remat: Remat = "none",
+         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> Transformer:
+    """A transformer; the defaults are GPT-2's.
+
+    max_length: positions, an upper bound of T.
+    kv_heads:   fewer than `heads` for grouped-query attention.
+    hidden:     of the MLP; 4 x width if None.
+    tied:       the head is the token embedding.
+    scan:       one compiled block for all layers.
+    remat:      what the backward pass recomputes (layers.Stack).
+    """
+    if position == "rope" and (width // heads) % 2:
+        raise UserError(f"rotary positions turn pairs, and model.width={width} over model.heads={heads} is odd")
+    block = dict(heads=heads, kv_heads=kv_heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, qk_norm=qk_norm,
+                 rope=position == "rope", dtype=jnp.dtype(dtype))
+    return Transformer(vocab_size, max_length, width, depth, block, position, tied, scan, remat, jnp.dtype(dtype))

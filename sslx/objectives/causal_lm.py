@@ -1,0 +1,60 @@
+"""Causal language modelling: predict each token from those before it (Radford et al. 2018).
+
+B batch, T time, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sslx.data import Info
+from sslx.layers import cross_entropy
+from sslx.models.transformer import Transformer
+from sslx.objectives import Objective
+from sslx.objectives.text import check_tokens, masking, mean_pooled
+
+
+def next_token_loss(logits_BTV, tokens_BT, segment_ids=None):
+    """Mean over t of -log p(token t + 1 | tokens <= t), nats; no prediction crosses a document boundary."""
+    nll_BT = cross_entropy(logits_BTV[:, :-1], tokens_BT[:, 1:])
+    if segment_ids is None:
+        return nll_BT.mean()
+    inside_BT = segment_ids[:, 1:] == segment_ids[:, :-1]
+    return (nll_BT * inside_BT).sum() / jnp.maximum(inside_BT.sum(), 1)
+
+
+def make(model: Transformer, info: Info, *, sample_length: int = 128, temperature: float = 0.8) -> Objective:
+    """Causal LM on windows of tokens; `sample_length` tokens are generated for the report at `temperature`."""
+    check_tokens(model, info)
+
+    def init(key, batch):
+        return model.init(key, batch["tokens"], "causal")["params"], {}
+
+    def loss(params, aux, batch, key):
+        tokens_BT = batch["tokens"]
+        logits_BTV = model.apply({"params": params}, tokens_BT, "causal", **masking(batch))
+        value = next_token_loss(logits_BTV, tokens_BT, batch.get("segment_ids"))
+        return value, (aux, {"loss": value, "token_nll": value, "tokens": jnp.int32(tokens_BT.size)})
+
+    def encode(params, aux, batch):
+        return mean_pooled(model, params, batch, "causal")
+
+    def show(params, aux, batch, key):
+        tokens_BT = batch["tokens"]
+        length = min(sample_length, info.length)
+        n_prompt = length // 4
+
+        def extend(t, tokens_BT):
+            hidden_BTD = model.apply({"params": params}, tokens_BT, "causal", method="hidden")
+            hidden_B1D = jax.lax.dynamic_slice_in_dim(hidden_BTD, t - 1, 1, 1)
+            logits_BV = model.apply({"params": params}, hidden_B1D, method="logits")[:, 0].astype(jnp.float32)
+            chosen_B = draw(jax.random.fold_in(key, t), logits_BV / temperature)
+            return jnp.where(jnp.arange(length) == t, chosen_B[:, None], tokens_BT)
+
+        return {"sample": jax.lax.fori_loop(n_prompt, length, extend, tokens_BT[:, :length])}
+
+    return Objective(init, loss, encode, show)
+
+
+def draw(key, logits_BV):
+    """A token per row from softmax(logits), int32 [B]: the arg max of logits plus Gumbel noise."""
+    return jnp.argmax(logits_BV + jax.random.gumbel(key, logits_BV.shape), -1).astype(jnp.int32)

@@ -1,0 +1,117 @@
+"""Masked autoencoding: reconstruct the pixels of hidden patches from the visible ones (He et al. 2022).
+
+B batch, N patches, M visible patches, P values of a patch, D model.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sslx.config import UserError
+from sslx.data import Info
+from sslx.layers import Linear, Norm, Stack, weight
+from sslx.models.vit import VisionTransformer, sincos_2d
+from sslx.objectives import Objective
+from sslx.sharding import spec
+from sslx.views.image import View, augmentation, patchify, to_float, unpatchify
+from sslx.views.tokens import random_keep
+
+
+def reconstruction_loss(predicted_BNP, target_BNP, mask_BN):
+    """Mean squared error over the hidden patches (mask 1)."""
+    error_BN = jnp.square(predicted_BNP - target_BNP).mean(-1)
+    return (error_BN * mask_BN).sum() / mask_BN.sum()
+
+
+def per_patch(patches_BNP):
+    """(mean, standard deviation) of each patch, [B, N, 1], by which its target is normalized."""
+    return patches_BNP.mean(-1, keepdims=True), jnp.sqrt(patches_BNP.var(-1, ddof=1, keepdims=True) + 1e-6)
+
+
+class Decoder(nn.Module):
+    """Predictions float32 [B, N, P] from encoded visible patches and a mask token at every hidden one."""
+
+    grid: tuple[int, int]
+    width: int
+    depth: int
+    block: dict[str, Any]
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, encoded_BMD, restore_BN):
+        n_hidden = restore_BN.shape[1] - encoded_BMD.shape[1]
+        x_BMD = Linear(self.width, ("embed", None), dtype=self.dtype, name="embed")(encoded_BMD)
+        mask_D = weight(self, "mask_token", nn.initializers.normal(0.02), (self.width,), (None,)).astype(self.dtype)
+        hidden_BHD = jnp.broadcast_to(mask_D, (len(x_BMD), n_hidden, self.width), out_sharding=spec("batch"))
+        x_BND = jnp.take_along_axis(jnp.concatenate([x_BMD, hidden_BHD], 1), restore_BN[..., None], 1)
+        x_BND = x_BND + sincos_2d(*self.grid, self.width).astype(self.dtype)
+        x_BND = Stack(self.depth, self.block, name="stack")(x_BND, mask="bidirectional")
+        x_BND = Norm(name="norm")(x_BND)
+        return Linear(self.features, ("embed", None), dtype=self.dtype, name="pixels")(x_BND).astype(jnp.float32)
+
+
+def make(model: VisionTransformer, info: Info, *, view: dict[str, Any], mask_ratio: float = 0.75,
+         decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int = 16,
+         normalize_target: bool = True) -> Objective:
+    """MAE: the encoder sees the kept patches only, a light decoder all positions.
+
+    view:             arguments of `views.image.augmentation`, the crop and flip before masking.
+    mask_ratio:       of patches hidden.
+    normalize_target: each patch of the target by its own mean and standard deviation.
+    """
+    augment: View = augmentation(**view)
+    n = model.grid[0] * model.grid[1]
+    n_keep = round(n * (1 - mask_ratio))
+    if not 0 < n_keep < n:
+        raise UserError(f"objective.mask_ratio={mask_ratio} of {n} patches keeps {n_keep}; it must keep some and hide some")
+    n_cls = int(model.pool == "cls")
+    shape = (model.grid[0] * model.patch, model.grid[1] * model.patch, info.shape[2])
+    decoder = Decoder(model.grid, decoder_width, decoder_depth, dict(heads=decoder_heads, dtype=model.dtype),
+                      model.patch**2 * info.shape[2], model.dtype)
+
+    def init(key, batch):
+        key_encoder, key_decoder = jax.random.split(key)
+        images = augment(key, batch["image"])
+        encoder, encoded = model.init_with_output(key_encoder, images)
+        params = encoder if isinstance(encoder, dict) else encoded
+        restore = random_keep(key, len(images), n, n)[1]
+        encoded_BND = model.apply(params, images)[:, n_cls:]
+        return {"encoder": params["params"], "decoder": decoder.init(key_decoder, encoded_BND, restore)["params"]}, {}
+
+    def reconstruct(params, images, key):
+        """(prediction, target, mask) of the patches of images."""
+        keep_BM, restore_BN, mask_BN = random_keep(key, len(images), n, n_keep)
+        with jax.named_scope("encoder"):
+            encoded_BMD = model.apply({"params": params["encoder"]}, images, keep_BM)[:, n_cls:]
+        with jax.named_scope("decoder"):
+            predicted_BNP = decoder.apply({"params": params["decoder"]}, encoded_BMD, restore_BN)
+        return predicted_BNP, patchify(images, model.patch), mask_BN
+
+    def loss(params, aux, batch, key):
+        key_view, key_mask = jax.random.split(key)
+        predicted_BNP, target_BNP, mask_BN = reconstruct(params, augment(key_view, batch["image"]), key_mask)
+        if normalize_target:
+            mean, std = per_patch(target_BNP)
+            target_BNP = (target_BNP - mean) / std
+        value = reconstruction_loss(predicted_BNP, target_BNP, mask_BN)
+        return value, (aux, {"loss": value, "tokens": jnp.int32(mask_BN.size)})
+
+    def encode(params, aux, batch):
+        tokens_BND = model.apply({"params": params["encoder"]}, to_float(batch["image"]))
+        return tokens_BND[:, n_cls:].astype(jnp.float32).mean(1)
+
+    def show(params, aux, batch, key):
+        images = to_float(batch["image"])
+        predicted_BNP, target_BNP, mask_BN = reconstruct(params, images, key)
+        if normalize_target:
+            mean, std = per_patch(target_BNP)
+            predicted_BNP = predicted_BNP * std + mean
+        hidden_BN1 = mask_BN[..., None] > 0
+        pictures = {"input": target_BNP, "visible": jnp.where(hidden_BN1, 0.5, target_BNP),
+                    "reconstruction": jnp.where(hidden_BN1, predicted_BNP, target_BNP)}
+        return {k: jnp.clip(unpatchify(v, model.patch, shape), 0, 1) for k, v in pictures.items()}
+
+    return Objective(init, loss, encode, show)

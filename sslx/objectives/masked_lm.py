@@ -1,0 +1,59 @@
+"""Masked language modelling: predict hidden tokens from both sides (Devlin et al. 2019).
+
+B batch, T time, K masked positions, D model, V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sslx.config import UserError
+from sslx.data import Info
+from sslx.layers import cross_entropy
+from sslx.models.transformer import Transformer
+from sslx.objectives import Objective
+from sslx.objectives.text import check_tokens, masking, mean_pooled, special
+from sslx.views.tokens import bert_corrupt, mask_positions
+
+
+def masked_token_loss(logits_BKV, targets_BK, weights_BK):
+    """Mean of -log p(token) over the masked positions, nats."""
+    return (cross_entropy(logits_BKV, targets_BK) * weights_BK).sum() / jnp.maximum(weights_BK.sum(), 1)
+
+
+def make(model: Transformer, info: Info, *, rate: float = 0.15, replace: float = 0.8, random: float = 0.1,
+         whole_word: bool = False) -> Objective:
+    """BERT's objective, with positions redrawn at every step and the head on masked positions only.
+
+    rate:       of tokens to predict.
+    replace:    of these replaced by the mask token; `random` by a random one; the rest stay.
+    whole_word: mask words rather than tokens.
+    """
+    check_tokens(model, info)
+    mask_id, pad_id = special(info, "mask"), info.special.get("pad")
+    if whole_word and info.word_starts is None:
+        raise UserError(f"objective.whole_word needs to know where words begin, and the tokenizer of {info.name!r} does not")
+    # Only what is text can stand in for a token: special ids come last.
+    n_ordinary = min(info.special.values(), default=info.vocab_size)
+
+    def init(key, batch):
+        return model.init(key, batch["tokens"], "bidirectional")["params"], {}
+
+    def loss(params, aux, batch, key):
+        tokens_BT = batch["tokens"]
+        key_positions, key_corrupt = jax.random.split(key)
+        text_BT = None if pad_id is None else tokens_BT != pad_id
+        positions_BK, weights_BK = mask_positions(key_positions, tokens_BT, rate=rate, valid=text_BT,
+                                                  word_starts=info.word_starts if whole_word else None)
+        seen_BT = bert_corrupt(key_corrupt, tokens_BT, positions_BK, weights_BK, mask_id=mask_id,
+                               vocab_size=n_ordinary, replace=replace, random=random)
+        hidden_BTD = model.apply({"params": params}, seen_BT, "bidirectional", **masking(batch), method="hidden")
+        masked_BKD = jnp.take_along_axis(hidden_BTD, positions_BK[..., None], 1)
+        logits_BKV = model.apply({"params": params}, masked_BKD, method="logits")
+        value = masked_token_loss(logits_BKV, jnp.take_along_axis(tokens_BT, positions_BK, 1), weights_BK)
+        n_tokens = jnp.int32(tokens_BT.size) if text_BT is None else text_BT.sum(dtype=jnp.int32)
+        return value, (aux, {"loss": value, "tokens": n_tokens})
+
+    def encode(params, aux, batch):
+        return mean_pooled(model, params, batch, "bidirectional")
+
+    return Objective(init, loss, encode)

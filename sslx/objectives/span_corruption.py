@@ -1,0 +1,46 @@
+"""Span corruption: an encoder reads text with spans cut out, a decoder writes the spans (Raffel et al. 2020).
+
+B batch, S inputs, T targets, V vocabulary.
+"""
+
+import jax.numpy as jnp
+
+from sslx.config import UserError
+from sslx.data import Info
+from sslx.layers import cross_entropy
+from sslx.models.encdec import EncoderDecoder
+from sslx.objectives import Objective
+from sslx.objectives.text import check_tokens, special
+from sslx.views.tokens import span_corrupt, span_lengths
+
+
+def target_loss(logits_BTV, targets_BT):
+    """Mean of -log p(target t | inputs, targets before t), nats."""
+    return cross_entropy(logits_BTV, targets_BT).mean()
+
+
+def make(model: EncoderDecoder, info: Info, *, rate: float = 0.15, mean_span: float = 3.0) -> Objective:
+    """T5's objective: `rate` of the tokens in spans of `mean_span` tokens on average.
+
+    Inputs and targets have the static lengths of `views.tokens.span_lengths`; nothing is padded.
+    """
+    check_tokens(model, info)
+    corruption = dict(rate=rate, mean_span=mean_span, sentinel_id=special(info, "sentinel"), eos_id=special(info, "eod"))
+    n_spans = span_lengths(info.length, rate, mean_span)[1]
+    if n_spans > info.n_sentinels:
+        raise UserError(f"span corruption of {info.length} tokens makes {n_spans} spans, and the tokenizer has"
+                        f" {info.n_sentinels} sentinels; shorten data.train.length or raise objective.mean_span")
+
+    def init(key, batch):
+        return model.init(key, *span_corrupt(key, batch["tokens"], **corruption))["params"], {}
+
+    def loss(params, aux, batch, key):
+        tokens_BT = batch["tokens"]
+        inputs_BS, targets_BT = span_corrupt(key, tokens_BT, **corruption)
+        value = target_loss(model.apply({"params": params}, inputs_BS, targets_BT), targets_BT)
+        return value, (aux, {"loss": value, "tokens": jnp.int32(tokens_BT.size)})
+
+    def encode(params, aux, batch):
+        return model.apply({"params": params}, batch["tokens"], method="encode").astype(jnp.float32).mean(1)
+
+    return Objective(init, loss, encode)

@@ -1,0 +1,37 @@
+"""What the objectives on tokens share."""
+
+import jax.numpy as jnp
+
+from sslx.config import UserError
+from sslx.data import Info
+
+
+def check_tokens(model, info: Info) -> None:
+    """Raises UserError unless the model's vocabulary and positions hold the data's tokens."""
+    if info.modality != "text":
+        raise UserError(f"objective.name is one for text, and data.train is {info.name!r}, a source of {info.modality}")
+    if model.vocab_size < info.vocab_size:
+        raise UserError(f"model.vocab_size={model.vocab_size} is smaller than the {info.vocab_size} token ids of"
+                        f" {info.name!r}; set model.vocab_size to {-(-info.vocab_size // 64) * 64} or more")
+    longest = getattr(model, "max_length", info.length)
+    if info.length > longest:
+        raise UserError(f"data.train.length={info.length} is longer than model.max_length={longest} positions;"
+                        " shorten the one or raise the other")
+
+
+def special(info: Info, name: str) -> int:
+    """The id of a special token. Raises UserError if the tokenizer has none of this name."""
+    if name not in info.special:
+        raise UserError(f"the tokenizer of {info.name!r} has no {name!r} token; it has {', '.join(info.special) or 'none'}")
+    return info.special[name]
+
+
+def masking(batch) -> dict:
+    """The arguments by which a transformer respects the documents of a batch."""
+    return {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
+
+
+def mean_pooled(model, params, batch, mask: str):
+    """Features [B, D]: the mean of the hidden states."""
+    hidden_BTD = model.apply({"params": params}, batch["tokens"], mask, **masking(batch), method="hidden")
+    return hidden_BTD.astype(jnp.float32).mean(1)

@@ -1,0 +1,38 @@
+"""TrainState: everything a resume needs, and nothing else. Keys are folded from the step, so none are stored."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sslx.objectives import Objective
+
+
+class TrainState(NamedTuple):
+    """step: int32, steps done. tokens: uint32[2] (high, low), corpus units seen, exact beyond float32 and int32."""
+
+    step: jax.Array
+    tokens: jax.Array
+    params: Any
+    aux: Any
+    opt_state: Any
+
+
+def create(objective: Objective, tx: optax.GradientTransformation, seed: int, batch) -> TrainState:
+    """The state at step 0; traced under the mesh, every weight is born sharded."""
+    params, aux = objective.init(jax.random.key(seed), batch)
+    return TrainState(jnp.int32(0), jnp.zeros(2, jnp.uint32), params, aux, tx.init(params))
+
+
+def add_exactly(counter: jax.Array, n: jax.Array) -> jax.Array:
+    """(high, low) + n with carry, for 0 <= n < 2^31."""
+    high, low = counter
+    new = low + n.astype(jnp.uint32)
+    return jnp.stack([high + (new < low), new])
+
+
+def exact(counter: np.ndarray) -> int:
+    """The integer that (high, low) stands for."""
+    return (int(counter[0]) << 32) + int(counter[1])

@@ -1,0 +1,19 @@
+"""Views: corruption on the device, inside the jitted step, as functions of a key and a batch.
+
+All random numbers of a batch come from few large draws: with partitionable keys (JAX's default) a
+number depends on its place in the global array alone, so views do not change with the mesh.
+"""
+
+import jax
+
+from sslx.sharding import spec
+
+
+def rows() -> jax.sharding.PartitionSpec | None:
+    """The sharding of a batch's rows under the current mesh; None where there is no explicit mesh."""
+    return spec("batch") if jax.sharding.get_abstract_mesh().are_all_axes_explicit else None
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers in [0, 1), float32[shape], with the rows of the global batch first."""
+    return jax.random.uniform(key, shape, out_sharding=rows())
