@@ -337,9 +337,10 @@ class BatchNorm(nn.Module):
             axes = tuple(range(x.ndim - 1))
             mean = x32.mean(axes)
             var = jnp.square(x32).mean(axes) - jnp.square(mean)
-            if not self.is_initializing():
-                for running, value in ((running_mean, mean), (running_var, var)):
-                    running.value = self.momentum * running.value + (1 - self.momentum) * jax.lax.stop_gradient(value)
+            # Initialized with the statistics of its first batch, a random network is a fair baseline.
+            momentum = 0.0 if self.is_initializing() else self.momentum
+            for running, value in ((running_mean, mean), (running_var, var)):
+                running.value = momentum * running.value + (1 - momentum) * jax.lax.stop_gradient(value)
         else:
             mean, var = running_mean.value, running_var.value
         scale = jax.lax.rsqrt(var + self.epsilon)

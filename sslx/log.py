@@ -10,6 +10,7 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -34,20 +35,22 @@ class Logger:
             self.append(record)
         else:
             self.resume(record, resume_step)
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step)
+        first = 0 if resume_step is None else resume_step + 1  # what TensorBoard shows from there on was dropped
+        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
         self.bar = tqdm(total=total_steps, initial=resume_step or 0, unit="step", file=sys.stdout, dynamic_ncols=True,
                         smoothing=0.05, disable=not sys.stdout.isatty())
 
     def resume(self, record: Record, step: int) -> None:
         """Drops points after `step`, which will be written again; a machine that changed is a new run record."""
         runs, points = read(self.path.parent)
-        kept = [*runs, *(p for p in points if p["step"] <= step)]
-        if {**runs[-1], "resumed_from": None} != {**strict(record), "resumed_from": None}:
-            kept.append({**record, "resumed_from": step})
+        runs = [r for r in runs if r.get("resumed_from", 0) <= step]
+        points = [p for p in points if p["step"] <= step]
+        if not runs or identity(runs[-1]) != identity(strict(record)):
+            runs.append({**record, "resumed_from": step})
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line(r) for r in kept))
+        temporary.write_text("".join(line(r) for r in (*runs, *points)))
         temporary.replace(self.path)
-        self.wall_s = max((p["wall_s"] for p in points if p["step"] <= step), default=0.0)
+        self.wall_s = max((p["wall_s"] for p in points), default=0.0)
 
     def append(self, record: Record) -> None:
         with self.path.open("a") as file:
@@ -57,8 +60,9 @@ class Logger:
         """One point of the log."""
         if not self.show:
             return
+        metrics, fields = strict(metrics), strict(fields)
         self.append({"kind": "point", "step": step, **fields, "split": split, "metrics": metrics})
-        numbers = {f"{split}/{name}": v for name, v in metrics.items()}
+        numbers = {f"{split}/{name}".replace("@", "_"): v for name, v in metrics.items()}
         numbers |= {name: fields[name] for name in ("lr", "tokens_per_s", "mfu") if name in fields}
         for name, value in numbers.items():
             if value is not None:
@@ -70,7 +74,7 @@ class Logger:
         """The bar on a terminal; elsewhere a line at every twentieth part of the run."""
         if not self.show:
             return
-        shown = dict(loss=f"{loss:.4f}", **{"tokens/s": f"{tokens_per_s:,.0f}"}, MFU="-" if mfu is None else f"{mfu:.0%}")
+        shown = {"loss": f"{loss:.4f}", "tokens/s": f"{tokens_per_s:,.0f}", "MFU": "-" if mfu is None else f"{mfu:.0%}"}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(step - self.bar.n)
         part = 20 * step // self.bar.total
@@ -84,15 +88,20 @@ class Logger:
             self.board.close()
 
 
+def identity(run: Record) -> Record:
+    """What makes two run records the same. A CPU's peak is measured anew at every start."""
+    return {k: v for k, v in run.items() if k not in ("peak_flops", "resumed_from")}
+
+
 def strict(value: Any) -> Any:
-    """The value as strict JSON gives it back: no NaN, no tuples, no NumPy."""
+    """The value as strict JSON gives it back: no NaN, no tuples, no arrays of NumPy or JAX."""
     if isinstance(value, dict):
         return {str(k): strict(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [strict(v) for v in value]
-    if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
-    return int(value) if isinstance(value, np.integer) else value
+    if isinstance(value, (np.generic, np.ndarray, jax.Array)):
+        return strict(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def line(record: Record) -> str:
@@ -128,10 +137,10 @@ def summary(workdir: pathlib.Path | str) -> str:
         if point["split"] == "eval":
             newest |= {k: v for k, v in point["metrics"].items() if v is not None}
     names = [name for name in newest if "@" not in name]
-    rows = [("metric", "random init", "raw input", "final")]
+    rows: list[tuple[str, ...]] = [("metric", "random init", "raw input", "final")]
     for name in names:
         values = (newest.get(f"{name}@random_init"), newest.get(f"{name}@raw"), newest[name])
         rows.append((name, *("-" if v is None else f"{v:.4g}" for v in values)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-                     for row in rows)
+    aligned = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(cells) for cells in aligned)

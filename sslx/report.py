@@ -8,6 +8,7 @@ import argparse
 import base64
 import datetime
 import html
+import itertools
 import json
 import math
 import os
@@ -42,7 +43,7 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
     if not metrics.is_file():
         raise UserError(f"{metrics} does not exist: a report is made of the metrics.jsonl that a run writes;"
                         " give the folder that was the --workdir of a run")
-    runs, points = log.read(metrics)
+    runs, points = log.read(workdir)
     if not runs:
         raise UserError(f"{metrics} holds no record of kind 'run', which every run writes first:"
                         " the file is cut off or is not from sslx; give the --workdir of a run")
@@ -273,7 +274,7 @@ TOKENS = Quantity("tokens seen")
 FLOPS = Quantity("model FLOPs", scientific, log=True)
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 64, 410, 10, 212  # of the plotting area
+LEFT, RIGHT, TOP, BOTTOM = 64, 400, 10, 212  # of the plotting area
 MARKED = 30  # a line of at most so many points also shows where they are
 
 
@@ -470,10 +471,11 @@ def notes(runs: Sequence[Record], points: Sequence[Record], step: int) -> list[s
     found = []
     if finite(total) and step < total:
         found.append(f"Not finished: the last record is of step {whole(step)} of {whole(total)}.")
-    if len(runs) > 1:
-        found.append(f"Started {len(runs)} times in this folder; steps that were repeated count once.")
-    if len({r.get("config_hash") for r in runs}) > 1:
-        found.append("The config changed between starts; the one shown is the last.")
+    for before, run in itertools.pairwise(runs):
+        changed = [k for k in run if k != "resumed_from" and run[k] != before.get(k)]
+        where = f" at step {whole(run['resumed_from'])}" if finite(run.get("resumed_from")) else ""
+        change = f" with another {', '.join(changed)}; the last is shown" if changed else ""
+        found.append(f"Resumed{where}{change}.")
     broken = [p["step"] for p in points if "loss" in p["metrics"] and not finite(p["metrics"]["loss"])]
     if broken:
         found.append(f"The loss was not finite in {len(broken)} records, first at step {whole(min(broken))}.")

@@ -97,7 +97,7 @@ def vision(tmp_path_factory) -> pathlib.Path:
 def text(tmp_path_factory) -> pathlib.Path:
     """A text run that was resumed and has not finished."""
     records = [r for r in points_of("text") if r["step"] <= 1200]
-    runs = run_record("text"), run_record("text", config_hash="77aa00ff")
+    runs = run_record("text"), run_record("text", config_hash="77aa00ff", resumed_from=800)
     folder = save(tmp_path_factory.mktemp("text"), [runs[0], *records[:90], runs[1], *records[80:]])
     story = f"Once upon a time there was a small lighthouse. {ATTACK}\nIt shone all night. " * 3
     report.save_samples(folder, 1200, {"prompt": np.zeros((2, 4), np.int32), "generated": np.ones((2, 4), np.int32)},
@@ -153,7 +153,7 @@ def test_page_runs_without_console_messages_and_answers_the_pointer(modality, re
       const before = document.querySelectorAll('script:not([type])').length;
       for (const svg of document.querySelectorAll('.plot > svg')) {
         const box = svg.getBoundingClientRect();
-        svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right - 8 * box.width / 420}));
+        svg.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right - 4 * box.width / 420}));
       }
       document.body.dataset.scripts = before;
       document.body.dataset.cut = [...document.querySelectorAll('.grid text')].map(text => [text, text.getBBox()])
@@ -210,7 +210,7 @@ def test_text_page_escapes_and_tells_that_the_run_was_resumed(text):
     words = " ".join(page.words)
     assert ATTACK in words
     assert "Not finished: the last record is of step 1,200 of 2,000." in words
-    assert "Started 2 times" in words and "config changed" in words and "77aa00ff" in words
+    assert "Resumed at step 800 with another config_hash; the last is shown." in words and "77aa00ff" in words
     assert words.index("prompt") < words.index("generated")
 
 

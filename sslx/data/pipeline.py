@@ -7,13 +7,13 @@ hosts, devices and workers and sees the same rows.
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import grain
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from sslx import config
 from sslx.config import UserError
@@ -102,9 +102,10 @@ def batches(
     Raises UserError if the rows do not spread evenly over the devices; an error while reading is
     raised where the batch is awaited.
     """
-    if batch_size < 1 or batch_size % batch_shards(sharding.mesh):
-        raise UserError(f"config.data.batch_size is {batch_size}; it must be a multiple of the"
-                        f" {batch_shards(sharding.mesh)} devices (data x fsdp) that share its rows")
+    shards = batch_shards(cast(Mesh, sharding.mesh))
+    if batch_size < 1 or batch_size % shards:
+        raise UserError(f"config.data.batch_size is {batch_size}; it must be a multiple of the {shards} devices"
+                        " (data x fsdp) that share its rows")
     rows = local_rows(sharding, batch_size)
     host = grain.MapDataset.range(first_step, last_step).map(functools.partial(read, dataset, batch_size, rows))
     host = host.to_iter_dataset(grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch))

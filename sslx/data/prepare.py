@@ -105,7 +105,7 @@ def partition(files: list[File], shard_bytes: int) -> list[list[Piece]]:
     filled = 0
     for file in files:
         size = file.path.stat().st_size
-        for start in range(0, size, shard_bytes):
+        for start in range(0, max(1, size), shard_bytes):
             stop = min(size, start + shard_bytes)
             if filled + stop - start > shard_bytes:
                 shards.append([])

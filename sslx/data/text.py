@@ -20,7 +20,7 @@ from sslx.data.windows import documents as documents_of
 log = logging.getLogger(__name__)
 
 # Packages of Python's library that make a class: large enough to be held out by file.
-MAX_PACKAGES, MIN_FILES, LARGEST_TO_SMALLEST = 16, 20, 4
+MAX_PACKAGES, MIN_FILES, LARGEST_TO_MEDIAN = 16, 20, 2
 
 
 def make(
@@ -43,7 +43,7 @@ def make(
     first windows only. Examples: tokens int32[T]; with `documents`, segment_ids and positions int32[T].
 
     labels="package": `label` is the top-level package of a window's file (path="stdlib"; its largest
-    packages without "test", at most 4 times as many windows of one as of the smallest).
+    packages without "test", at most twice as many windows of one as of the median one).
     labels="field": an example is one JSONL document with its label, cut to T or padded with pad
     (segment_ids 0 there).
 
@@ -145,7 +145,7 @@ def grouped(encoded: list[np.ndarray], targets: list[int], length: int, pad: int
         by_class[target].append(ids)
     cut = {c: np.concatenate(ids) for c, ids in sorted(by_class.items())}
     cut = {c: ids[: len(ids) // length * length].reshape(-1, length) for c, ids in cut.items()}
-    most = LARGEST_TO_SMALLEST * max(1, min(map(len, cut.values())))
+    most = max(1, int(LARGEST_TO_MEDIAN * np.median([len(x) for x in cut.values()])))
     spread = {c: x[np.linspace(0, len(x) - 1, min(most, len(x)), dtype=int)] for c, x in cut.items() if len(x)}
     tokens_WT = np.concatenate([np.empty((0, length)), *spread.values()]).astype(np.int32)
     return tokens_WT, np.repeat(list(spread), [len(x) for x in spread.values()]).astype(np.int32)
