@@ -18,9 +18,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.model = dict(name="vit", image_size=size, patch=patch, width=width, depth=2 if debug else 4, heads=4,
-                        pool="mean", position="sincos", remat="none", dtype="bfloat16")
+                        pool="mean", position="sincos", norm="rms", bias=False, scan=False, dtype="bfloat16")
     view = dict(size=size, scale=(0.5, 1.0), flip=0.0 if digits else 0.5, jitter=0.0, blur=0.0)
-    config.objective = dict(name="mae", view=view, mask_ratio=0.75, decoder_width=64, decoder_depth=1 if debug else 2,
+    config.objective = dict(name="mae", view=view, mask_ratio=0.75, decoder_width=64, decoder_depth=1,
                             decoder_heads=4, normalize_target=True)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=2e-3, schedule="cosine", warmup=steps // 10, weight_decay=0.05, b2=0.95)

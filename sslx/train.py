@@ -191,6 +191,7 @@ def loop(experiment: Experiment, workdir: pathlib.Path) -> None:
     clock = Clock(logger.wall_s)
 
     def evaluate(step: int, phase: str, baseline: str = "") -> None:
+        cpu_s = clock.cpu()
         metrics = evaluation.evaluate(current.params, current.aux)
         metrics = {name + baseline: value for name, value in metrics.items()}
         if baseline:
@@ -198,7 +199,7 @@ def loop(experiment: Experiment, workdir: pathlib.Path) -> None:
         if objective.show is not None and jax.process_index() == 0:
             shown = jax.jit(objective.show)(current.params, current.aux, example_shown, jax.random.key(options.seed))
             report.save_samples(workdir, step, jax.device_get(shown), source.info.decode)
-        logger.point(**counters(step), phase=phase, split="eval", metrics=metrics, wall_s=clock.wall())
+        logger.point(**counters(step), phase=phase, split="eval", metrics=metrics, wall_s=clock.wall(), cpu_s=cpu_s)
 
     seen = {"tokens": state.exact(np.asarray(current.tokens))}
 
@@ -229,8 +230,8 @@ def loop(experiment: Experiment, workdir: pathlib.Path) -> None:
         if step % options.log_every == 0 or step == options.steps:
             values.pop("tokens")
             logger.point(**counters(step), lr=float(optimizer.learning_rate(step - 1)), phase=optimizer.phase(step),
-                         split="train", metrics=values, wall_s=clock.wall(), tokens_per_s=speed.tokens_per_s, mfu=mfu,
-                         bad_records=skipped)
+                         split="train", metrics=values, wall_s=clock.wall(), cpu_s=clock.cpu(),
+                         tokens_per_s=speed.tokens_per_s, mfu=mfu, bad_records=skipped)
 
     try:
         if start == 0:
@@ -320,10 +321,10 @@ class Speed(NamedTuple):
 
 
 class Clock:
-    """Wall time of the run, and the speed of its steps without evaluations and saves."""
+    """Wall time of the run; time and speed of its steps alone, without evaluations and saves."""
 
     def __init__(self, earlier_s: float):
-        self.began, self.paused = time.monotonic() - earlier_s, 0.0
+        self.began, self.paused, self.paused_cpu = time.monotonic() - earlier_s, 0.0, 0.0
         self.marks: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=50)
 
     def wall(self) -> float:
@@ -331,9 +332,14 @@ class Clock:
 
     def pause(self, action: Callable[[], None]) -> None:
         """Runs what is no step."""
-        began = time.monotonic()
+        began, began_cpu = time.monotonic(), time.process_time()
         action()
         self.paused += time.monotonic() - began
+        self.paused_cpu += time.process_time() - began_cpu
+
+    def cpu(self) -> float:
+        """CPU-seconds of this process in starting up and stepping."""
+        return time.process_time() - self.paused_cpu
 
     def speed(self, step: int, tokens: int) -> Speed:
         """Over the last 50 steps, from the end of the first, which compiles."""

@@ -14,6 +14,9 @@ from sslx.config import UserError
 from sslx.evals import Evaluation, Subject, binomial_stderr
 
 
+CURVATURE = 0.1  # p (1 - p) of a class, typically: the Hessian's share of the covariance
+
+
 class Fit(NamedTuple):
     """weights_DC and bias_C at the end of L-BFGS, its iterations, and the gradient's greatest entry there."""
 
@@ -80,9 +83,16 @@ def logistic_loss(weights_DC: jax.Array, bias_C: jax.Array, x_ND: jax.Array, y_N
 @jax.jit(static_argnames=("max_iterations",))
 def fit(x_ND: jax.Array, y_N: jax.Array, weight_N: jax.Array, l2: jax.Array | float, weights_DC: jax.Array,
         bias_C: jax.Array, *, tolerance: float, max_iterations: int) -> Fit:
-    """Minimizes `logistic_loss` by L-BFGS from (weights, bias) until no gradient entry exceeds `tolerance`."""
+    """Minimizes `logistic_loss` by L-BFGS from (weights, bias) until no gradient entry exceeds `tolerance`.
+
+    It works on V with W = P V, P = U (CURVATURE E + l2)^(-1/2) of the covariance U E U^T, in which the Hessian is near
+    the identity: correlated features (raw pixels) converge in tens of iterations rather than thousands.
+    """
+    spread_D, axes_DD = jnp.linalg.eigh(jnp.matmul(x_ND.T * weight_N, x_ND, precision="highest"))
+    root_D = jnp.sqrt(CURVATURE * jnp.maximum(spread_D, 0) + l2)
+
     def loss(params):
-        return logistic_loss(*params, x_ND, y_N, weight_N, l2)
+        return logistic_loss(axes_DD @ (params[0] / root_D[:, None]), params[1], x_ND, y_N, weight_N, l2)
 
     def greatest(gradient):
         return optax.tree.norm(gradient, ord=np.inf)
@@ -100,11 +110,11 @@ def fit(x_ND: jax.Array, y_N: jax.Array, weight_N: jax.Array, l2: jax.Array | fl
         _, _, gradient, i = carry
         return (gradient > tolerance) & (i < max_iterations)
 
-    params = (weights_DC, bias_C)
+    params = (root_D[:, None] * (axes_DD.T @ weights_DC), bias_C)
     first = greatest(jax.grad(loss)(params))
     carry = (params, solver.init(params), first, jnp.array(0))
-    params, _, gradient, iterations = jax.lax.while_loop(going, step, carry)
-    return Fit(*params, iterations, gradient)
+    (v_DC, bias_C), _, gradient, iterations = jax.lax.while_loop(going, step, carry)
+    return Fit(axes_DD @ (v_DC / root_D[:, None]), bias_C, iterations, gradient)
 
 
 @jax.jit

@@ -85,8 +85,8 @@ class VisionTransformer(nn.Module):
 
 def make(*, image_size: int, patch: int, width: int, depth: int, heads: int, hidden: int | None = None,
          pool: Literal["cls", "mean"] = "cls", position: Literal["learned", "sincos"] = "learned",
-         norm: Literal["layer", "rms"] = "layer", mlp: Literal["gelu", "swiglu"] = "gelu", qk_norm: bool = False,
-         scan: bool = True, remat: Remat = "none",
+         norm: Literal["layer", "rms"] = "layer", mlp: Literal["gelu", "swiglu"] = "gelu", bias: bool = True,
+         qk_norm: bool = False, scan: bool = True, remat: Remat = "none",
          dtype: Literal["float32", "bfloat16"] = "bfloat16") -> VisionTransformer:
     """A vision transformer for images of `image_size` pixels a side (others are possible: multi-crop).
 
@@ -97,6 +97,6 @@ def make(*, image_size: int, patch: int, width: int, depth: int, heads: int, hid
                         f" the divisors are {[p for p in range(1, image_size + 1) if image_size % p == 0]}")
     if position == "sincos" and width % 4:
         raise UserError(f"model.width={width} must be a multiple of 4 for 2-D sine-cosine positions")
-    block = dict(heads=heads, hidden=hidden, norm=norm, mlp=mlp, qk_norm=qk_norm, dtype=jnp.dtype(dtype))
+    block = dict(heads=heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, qk_norm=qk_norm, dtype=jnp.dtype(dtype))
     return VisionTransformer(patch, (image_size // patch,) * 2, width, depth, block, pool, position, scan, remat,
                              jnp.dtype(dtype))
