@@ -16,10 +16,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     width, length = (64, 64) if debug else (384, 256)
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.model = dict(name="transformer", vocab_size=384 if tokenizer == "bytes" else 4352, max_length=length, width=width,
-                        depth=2 if debug else 6, heads=width // 64 or 1, norm="layer", mlp="gelu", position="learned",
-                        remat="none", dtype="bfloat16")
-    config.model.heads = 2 if debug else 6
+    config.model = dict(name="transformer", vocab_size=384 if tokenizer == "bytes" else 4352, max_length=length,
+                        width=width, depth=2 if debug else 6, heads=2 if debug else 6, norm="layer", mlp="gelu",
+                        position="learned", remat="none", dtype="bfloat16")
     config.objective = dict(name="causal_lm", sample_length=64 if debug else 256)
     text = dict(name="text", path="stdlib", length=length, tokenizer=tokenizer, documents=True)
     config.data = dict(batch_size=8, train=text | dict(split="train"))

@@ -23,7 +23,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.objective = dict(name="mae", view=view, mask_ratio=0.75, decoder_width=64, decoder_depth=1,
                             decoder_heads=4, normalize_target=True)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
-    config.optim = dict(steps=steps, learning_rate=2e-3, schedule="cosine", warmup=steps // 10, weight_decay=0.05, b2=0.95)
+    config.optim = dict(steps=steps, learning_rate=2e-3, schedule="cosine", warmup=steps // 10, weight_decay=0.05,
+                        b2=0.95)
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 2, save_every=steps // 3)
     config.evals = dict(
         batch_size=32 if debug else 500,

@@ -16,9 +16,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     images = dict(name="digits") if digits else dict(name="idx", path="fashion-mnist")
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.model = dict(name="resnet", stages=(1, 1, 1, 1), width=8 if debug else 16, stem="small_stride2", dtype="float32")
+    config.model = dict(name="resnet", stages=(1, 1, 1, 1), width=8 if debug else 16, stem="small_stride2",
+                        dtype="float32")
     view = dict(size=size, scale=(0.3, 1.0), flip=0.0 if digits else 0.5, brightness=0.4, contrast=0.4, blur=0.0)
-    config.objective = dict(name="simclr", view=view, temperature=0.2, hidden=32 if debug else 256, features=16 if debug else 128)
+    config.objective = dict(name="simclr", view=view, temperature=0.2, hidden=32 if debug else 256,
+                            features=16 if debug else 128)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=2e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4)
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 2, save_every=steps // 3)

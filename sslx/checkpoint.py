@@ -56,8 +56,8 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], fingerprint: str) -> No
         changed = {k: v for k, v in changed.items() if not any(k == f or k.startswith(f + ".") for f in FREE)}
         if changed:
             lines = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
-            raise UserError(f"{workdir} holds a run of another config ({lines}). Use another --workdir, or the config of"
-                            f" that run ({path})")
+            raise UserError(f"{workdir} holds a run of another config ({lines}). Use another --workdir, or the config"
+                            f" of that run ({path})")
         return
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], fingerprint: str) -> No
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a.b": value} of nested dicts, tuples as lists, as JSON would give them back."""
-    items = {}
+    items: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
             items |= flat(value, f"{prefix}{key}.")

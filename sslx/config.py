@@ -85,7 +85,7 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     elif origin is tuple and isinstance(value, (tuple, list)):
         inner = arguments[:1] * len(value) if arguments[1:] == (...,) else arguments
         if len(inner) == len(value):
-            return tuple(checked(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(zip(value, inner)))
+            return tuple(checked(v, h, f"{where}[{i}]") for i, (v, h) in enumerate(zip(value, inner, strict=True)))
     elif hint is float and type(value) in (int, float):
         return float(value)
     elif hint in (int, bool, str) and type(value) is hint:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ Remat = Literal["none", "dots", "full"]
 POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
 
 
-def weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+def weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...],
+           axes: tuple[str | None, ...]) -> jax.Array:
     """A float32 parameter of `module` whose dimensions have these logical axes.
 
     Raises UserError if a dimension does not divide over its mesh axis.
@@ -213,7 +215,8 @@ class Mlp(nn.Module):
         if self.kind == "gelu":
             h = nn.gelu(Linear(self.hidden, ("embed", "hidden"), bias=self.bias, dtype=self.dtype, name="up")(x))
         else:
-            gate_up = Linear((2, self.hidden), ("embed", None, "hidden"), bias=self.bias, dtype=self.dtype, name="up")(x)
+            axes = ("embed", None, "hidden")
+            gate_up = Linear((2, self.hidden), axes, bias=self.bias, dtype=self.dtype, name="up")(x)
             h = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
         return Linear(x.shape[-1], ("hidden", "embed"), bias=self.bias, scale=self.out_scale, dtype=self.dtype,
                       name="down")(h)
@@ -306,10 +309,12 @@ class Conv(nn.Module):
     def __call__(self, x_BHWC):
         k, s, pad = self.kernel, self.stride, self.kernel // 2
         _, height, width, channels = x_BHWC.shape
-        w = weight(self, "kernel", fan_in(3, math.sqrt(2)), (k, k, channels, self.features), (None, None, None, "embed"))
+        shape, axes = (k, k, channels, self.features), (None, None, None, "embed")
+        w = weight(self, "kernel", fan_in(3, math.sqrt(2)), shape, axes)
         w, x = gather(w.astype(self.dtype)), x_BHWC.astype(self.dtype)
         if jax.default_backend() != "cpu":
-            return jax.lax.conv_general_dilated(x, w, (s, s), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            layout = ("NHWC", "HWIO", "NHWC")
+            return jax.lax.conv_general_dilated(x, w, (s, s), [(pad, pad)] * 2, dimension_numbers=layout)
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
         rows, cols = (height + 2 * pad - k) // s + 1, (width + 2 * pad - k) // s + 1
         patches = [x[:, i:i + s * (rows - 1) + 1:s, j:j + s * (cols - 1) + 1:s] for i in range(k) for j in range(k)]
@@ -355,6 +360,7 @@ class BatchNorm(nn.Module):
 
 def cross_entropy(logits, targets):
     """-log softmax(logits)[target], float32; logits [..., V] may be sharded over V, targets int [...]."""
+    chex.assert_equal_shape_prefix([logits, targets], targets.ndim)
     logits = logits.astype(jnp.float32)
     ids = jax.lax.broadcasted_iota(jnp.int32, (logits.shape[-1],), 0)
     chosen = jnp.where(ids == targets[..., None], logits, 0).sum(-1)

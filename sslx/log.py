@@ -82,6 +82,11 @@ class Logger:
             self.shown_at = part
             print(f"step {step}/{self.bar.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
 
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        if self.show:
+            tqdm.write(text, file=sys.stdout)
+
     def close(self) -> None:
         if self.show:
             self.bar.close()

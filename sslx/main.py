@@ -8,7 +8,7 @@ import time
 
 
 def main(arguments: list[str]) -> int:
-    """Parses flags, sets the platform up and trains; the exit status is 2 for a user's mistake, 3 for a diverged run."""
+    """Parses flags, sets the platform up, trains; returns 0, 2 for a user's mistake, 3 for a diverged run."""
     began = time.monotonic()
     from sslx import platforms
     from sslx.config import UserError

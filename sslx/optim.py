@@ -36,7 +36,8 @@ def make(*, steps: int, learning_rate: float, optimizer: Literal["adamw", "lion"
     after = {
         "cosine": optax.cosine_decay_schedule(learning_rate, max(steps - warmup, 1), final),
         "wsd": optax.join_schedules([optax.constant_schedule(learning_rate),
-                                     optax.linear_schedule(learning_rate, low, max(decay, 1))], [steps - warmup - decay]),
+                                     optax.linear_schedule(learning_rate, low, max(decay, 1))],
+                                    [steps - warmup - decay]),
         "constant": optax.constant_schedule(learning_rate),
     }[schedule]
     rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, max(warmup, 1)), after], [warmup])

@@ -6,6 +6,7 @@ visible `gather` before its use, whose transpose reduce-scatters the gradient.
 """
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from sslx.config import UserError
 AXES = ("data", "fsdp", "tensor")
 
 # logical axis -> mesh axis. "batch" shards examples; the others shard weights and what they make.
-RULES = {
+RULES: dict[str | None, Any] = {
     "batch": ("data", "fsdp"),
     "embed": "fsdp",      # the side of a weight that faces the residual stream
     "heads": "tensor",
@@ -59,12 +60,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_shards(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are spread."""
-    return math.prod(mesh.shape[a] for a in RULES["batch"])
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def gather(weight: jax.Array) -> jax.Array:
     """A weight whole over `fsdp`, still sharded over `tensor`. The gradient is reduce-scattered."""
-    return jax.sharding.reshard(weight, P(*(None if axis == "fsdp" else axis for axis in jax.typeof(weight).sharding.spec)))
+    axes = jax.typeof(weight).sharding.spec
+    return jax.sharding.reshard(weight, P(*(None if axis == "fsdp" else axis for axis in axes)))
 
 
 def replicate(x: jax.Array) -> jax.Array:

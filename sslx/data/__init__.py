@@ -38,8 +38,8 @@ class Info(NamedTuple):
                      `n_sentinels` consecutive ids).
     word_starts:     bool per token id: this token begins a word (whole-word masking); None if unknown.
     bytes_per_token: UTF-8 bytes of the text over its tokens, for bits per byte.
-    length:          T of `tokens` [T], or None.
-    shape:           (H, W, C) of `image`, or None.
+    length:          T of `tokens` [T].
+    shape:           (H, W, C) of `image`.
     num_classes:     if examples carry `label`.
     fingerprint:     changes when the content does: a checkpoint refuses to resume on other data.
     decode:          token ids -> text.
@@ -48,13 +48,13 @@ class Info(NamedTuple):
     name: str
     modality: str
     fingerprint: str
-    vocab_size: int | None = None
+    vocab_size: int = 0
     special: Mapping[str, int] = {}
     n_sentinels: int = 0
     word_starts: Sequence[bool] | None = None
     bytes_per_token: float | None = None
-    length: int | None = None
-    shape: tuple[int, int, int] | None = None
+    length: int = 0
+    shape: tuple[int, int, int] = (0, 0, 0)
     num_classes: int | None = None
     decode: Any = None
 

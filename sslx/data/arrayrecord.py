@@ -61,13 +61,15 @@ def make(*, path: str, size: int | None = None) -> Source:
         raise UserError(f"{folder} holds {counted} records where its info.json says {expected}: write it again")
     if any(dtype == ENCODED for dtype, _ in fields.values()) and size is None:
         raise UserError(f"{folder} holds encoded images: config.data.size says to how many pixels they are decoded")
-    shape = fields.get("image", (None, ()))[1]
-    shape = (size, size, 3) if fields.get("image", ("",))[0] == ENCODED else tuple(shape) or None
-    modality, length = ("image", None) if shape else ("text", fields["tokens"][1][0])
     sizes = [(pathlib.Path(p).name, pathlib.Path(p).stat().st_size) for p in paths]
-    return Source(records, Info(
-        name=f"arrayrecord:{folder.name}", modality=modality, shape=shape, length=length, num_classes=num_classes,
-        vocab_size=info["vocab_size"], fingerprint=fingerprint(info, sizes, size, records.records[0])))
+    name, digest = f"arrayrecord:{folder.name}", fingerprint(info, sizes, size, records.records[0])
+    if "image" in fields:
+        dtype, stored = fields["image"]
+        shape = (size, size, 3) if dtype == ENCODED else tuple(stored)
+        known = Info(name, "image", digest, shape=shape)
+    else:
+        known = Info(name, "text", digest, length=fields["tokens"][1][0])
+    return Source(records, known._replace(num_classes=num_classes, vocab_size=info["vocab_size"] or 0))
 
 
 def write(folder: str, examples: Iterable[Mapping[str, np.ndarray | bytes]], *, shards: int = 1,

@@ -3,7 +3,6 @@
 The `make(...)` of a file returns `Subject -> {metric: number}`; its keyword arguments are the schema of the
 section of that name in `config.evals`. Beside these sections, config.evals holds
 
-    every       steps between evaluations (for the loop).
     batch_size  rows of the batches that are evaluated.
     labelled    sections of the sources `train` and `test`, whose examples carry `label`.
 
@@ -27,7 +26,7 @@ from sslx.sharding import batch_sharding, batch_shards
 Evaluation = Callable[["Subject"], dict[str, float]]
 HostBatch = dict[str, np.ndarray]
 
-MACHINERY = ("every", "batch_size", "labelled")
+MACHINERY = ("batch_size", "labelled")
 
 
 class Subject:
@@ -65,12 +64,10 @@ class Subject:
 class Evaluate(NamedTuple):
     """evaluate:     (params, aux) -> metrics of all evaluations of the config.
     baseline_raw: () -> accuracies `<metric>@raw` with the inputs themselves as features.
-    every:        steps between evaluations.
     """
 
     evaluate: Callable[[Params, Aux], dict[str, float]]
     baseline_raw: Callable[[], dict[str, float]]
-    every: int
 
 
 def make(section: Mapping[str, Any], objective: Objective, mesh: jax.sharding.Mesh,
@@ -97,13 +94,11 @@ def make(section: Mapping[str, Any], objective: Objective, mesh: jax.sharding.Me
             splits[key] = pipeline.source(options.pop("source"), f"evals.{key}.source", on_bad)
         evaluations[key] = config.build("evals", {"name": key, **options}, f"evals.{key}")
 
-    return assemble(evaluations, splits, objective, mesh,
-                    batch_size=settings.batch_size, every=settings.every, on_bad=on_bad)
+    return assemble(evaluations, splits, objective, mesh, batch_size=settings.batch_size, on_bad=on_bad)
 
 
 def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source], objective: Objective,
-             mesh: jax.sharding.Mesh, *, batch_size: int, every: int,
-             on_bad: pipeline.OnBad = "skip") -> Evaluate:
+             mesh: jax.sharding.Mesh, *, batch_size: int, on_bad: pipeline.OnBad = "skip") -> Evaluate:
     """Evaluations of sources that are open: what `make` does after reading the config."""
     encode = jax.jit(lambda params, aux, batch: jax.sharding.reshard(objective.encode(params, aux, batch), P()))
 
@@ -135,21 +130,20 @@ def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source]
         metrics = run(Subject(raw_features, None, splits, batch_size, on_bad))
         return {f"{name}@raw": value for name, value in metrics.items() if name.endswith("/accuracy")}
 
-    return Evaluate(evaluate, baseline_raw, every)
+    return Evaluate(evaluate, baseline_raw)
 
 
 class Machinery(NamedTuple):
-    every: int
     batch_size: int
     labelled: Mapping[str, Any]
 
 
-def machinery(*, every: int = 500, batch_size: int = 256, labelled: Mapping | None = None) -> Machinery:
+def machinery(*, batch_size: int = 256, labelled: Mapping | None = None) -> Machinery:
     sections = dict(labelled.items()) if labelled else {}
     for key in sections:
         if key not in ("train", "test"):
             raise UserError(f"unknown key evals.labelled.{key}{config.nearest(key, ('train', 'test'))}")
-    return Machinery(every, batch_size, sections)
+    return Machinery(batch_size, sections)
 
 
 def single(device: jax.Device) -> jax.sharding.Mesh:

@@ -13,7 +13,6 @@ import optax
 from sslx.config import UserError
 from sslx.evals import Evaluation, Subject, binomial_stderr
 
-
 CURVATURE = 0.1  # p (1 - p) of a class, typically: the Hessian's share of the covariance
 
 

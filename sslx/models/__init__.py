@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 
-def encode(model: nn.Module, params: Any, stats: Any, images: jax.Array, *, train: bool) -> tuple[jax.Array, Any]:
+def encode(model: nn.Module, params: Any, stats: Any, images: jax.Array, *, train: bool) -> Any:
     """(features [B, D], stats) of a backbone; with `train`, its batch statistics have moved on."""
     variables = {"params": params, **stats}
     if not train:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from sslx.layers import Embed, Linear, Norm, Remat, Stack, weight
-from sslx.sharding import gather
 
 N_BUCKETS, FARTHEST = 32, 128
 
@@ -19,10 +18,9 @@ N_BUCKETS, FARTHEST = 32, 128
 def buckets(T: int, S: int, both_ways: bool) -> jax.Array:
     """The bucket of key s seen from query t, int32 [T, S]: exact near, logarithmic to `FARTHEST`, then one."""
     distance_TS = jnp.arange(T)[:, None] - jnp.arange(S)
-    n, first = N_BUCKETS, 0
+    n = N_BUCKETS // 2 if both_ways else N_BUCKETS
+    first = jnp.where(both_ways & (distance_TS < 0), n, 0)
     if both_ways:
-        n //= 2
-        first = jnp.where(distance_TS < 0, n, 0)
         distance_TS = jnp.abs(distance_TS)
     distance_TS = jnp.maximum(distance_TS, 0)
     exact = n // 2
@@ -99,6 +97,7 @@ def make(*, vocab_size: int, width: int, depth: int, heads: int, decoder_depth: 
 
     Relative biases belong to heads, so grouped queries are not offered here.
     """
-    block = dict(heads=heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, rope=position == "rope", dtype=jnp.dtype(dtype))
+    block = dict(heads=heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, rope=position == "rope",
+                 dtype=jnp.dtype(dtype))
     return EncoderDecoder(vocab_size, width, depth, decoder_depth or depth, block, position, tied, scan, remat,
                           jnp.dtype(dtype))

@@ -9,8 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sslx.config import UserError
-from sslx.layers import Embed, Linear, Mask, Norm, Remat, Stack, weight
-from sslx.sharding import gather
+from sslx.layers import Embed, Linear, Mask, Norm, Remat, Stack
 
 
 class Transformer(nn.Module):

@@ -5,7 +5,7 @@ B batch, D features, K prototypes.
 
 from typing import Any
 
-import flax.linen as nn
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +15,7 @@ from sslx.models import encode as encode_images
 from sslx.models.heads import Prototypes
 from sslx.objectives import Objective
 from sslx.objectives.image import grid_patches
-from sslx.views.image import augmentation, multi_crop, multi_view, to_float
+from sslx.views.image import augmentation, multi_crop, to_float
 
 
 def self_distillation(student_VBK, teacher_GBK, centre_K, student_temperature: float, teacher_temperature):
@@ -24,9 +24,10 @@ def self_distillation(student_VBK, teacher_GBK, centre_K, student_temperature: f
     -sum_k q_gk log p_vk, q = softmax((teacher - centre) / t_t), p = softmax(student / t_s). Both are sequences
     of logits [B, K]; the first views of the student are those of the teacher. q gets no gradient.
     """
+    chex.assert_equal_shape([*student_VBK, *teacher_GBK])
     log_p = [jax.nn.log_softmax(s_BK / student_temperature) for s_BK in student_VBK]
     total_BK = sum(log_p)
-    loss = 0.0
+    loss = jnp.float32(0)
     for own_BK, teacher_BK in zip(log_p, teacher_GBK, strict=False):
         q_BK = jax.lax.stop_gradient(jax.nn.softmax((teacher_BK - centre_K) / teacher_temperature))
         loss = loss - (q_BK * (total_BK - own_BK)).sum(-1).mean()
@@ -99,14 +100,15 @@ def make(model, info: Info, *, steps: int, global_view: dict[str, Any], local_vi
         return value, (aux, {"loss": value, "tokens": jnp.int32(len(batch["image"]) * grid_patches(model, info))})
 
     def encode(params, aux, batch):
-        images = to_float(batch["image"])
-        return encode_images(model, aux["teacher"]["encoder"], aux["teacher_stats"], images, train=False)[0].astype(jnp.float32)
+        images, encoder = to_float(batch["image"]), aux["teacher"]["encoder"]
+        return encode_images(model, encoder, aux["teacher_stats"], images, train=False)[0].astype(jnp.float32)
 
     def show(params, aux, batch, key):
         large, small = multi_crop(key, batch["image"], views, local, n_local)
         shown = {"input": to_float(batch["image"])}
         shown |= {f"global crop {i + 1}": crop for i, crop in enumerate(jnp.split(large, 2))}
-        shown |= {f"local crop {i + 1}": crop for i, crop in enumerate(jnp.split(small, n_local)[:4] if n_local else [])}
+        if n_local:
+            shown |= {f"local crop {i + 1}": crop for i, crop in enumerate(jnp.split(small, n_local)[:4])}
         return shown
 
     return Objective(init, loss, encode, show)

@@ -5,6 +5,7 @@ B batch, N patches, M visible patches, P values of a patch, D model.
 
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from sslx.views.tokens import random_keep
 
 def reconstruction_loss(predicted_BNP, target_BNP, mask_BN):
     """Mean squared error over the hidden patches (mask 1)."""
+    chex.assert_equal_shape([predicted_BNP, target_BNP])
     error_BN = jnp.square(predicted_BNP - target_BNP).mean(-1)
     return (error_BN * mask_BN).sum() / mask_BN.sum()
 
@@ -66,7 +68,8 @@ def make(model: VisionTransformer, info: Info, *, view: dict[str, Any], mask_rat
     n = model.grid[0] * model.grid[1]
     n_keep = round(n * (1 - mask_ratio))
     if not 0 < n_keep < n:
-        raise UserError(f"objective.mask_ratio={mask_ratio} of {n} patches keeps {n_keep}; it must keep some and hide some")
+        raise UserError(f"objective.mask_ratio={mask_ratio} of {n} patches keeps {n_keep};"
+                        " it must keep some and hide some")
     n_cls = int(model.pool == "cls")
     shape = (model.grid[0] * model.patch, model.grid[1] * model.patch, info.shape[2])
     decoder = Decoder(model.grid, decoder_width, decoder_depth, dict(heads=decoder_heads, dtype=model.dtype),

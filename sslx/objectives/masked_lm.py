@@ -31,7 +31,8 @@ def make(model: Transformer, info: Info, *, rate: float = 0.15, replace: float =
     check_tokens(model, info)
     mask_id, pad_id = special(info, "mask"), info.special.get("pad")
     if whole_word and info.word_starts is None:
-        raise UserError(f"objective.whole_word needs to know where words begin, and the tokenizer of {info.name!r} does not")
+        raise UserError("objective.whole_word needs to know where words begin, and the tokenizer of"
+                        f" {info.name!r} does not")
     # Only what is text can stand in for a token: special ids come last.
     n_ordinary = min(info.special.values(), default=info.vocab_size)
 

@@ -5,6 +5,7 @@ B batch, D projection.
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +25,7 @@ def nt_xent(a_BD, b_BD, temperature: float):
     l(a_i) = -log exp(a_i.b_i / t) / (sum_{j != i} exp(a_i.a_j / t) + sum_j exp(a_i.b_j / t)),
     averaged over all 2 B vectors.
     """
+    chex.assert_equal_shape([a_BD, b_BD])
 
     def side(q_BD, other_BD):
         own_BB = jnp.where(jnp.eye(len(q_BD), dtype=bool), -jnp.inf, q_BD @ replicate(q_BD).T)

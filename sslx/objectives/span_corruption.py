@@ -25,7 +25,8 @@ def make(model: EncoderDecoder, info: Info, *, rate: float = 0.15, mean_span: fl
     Inputs and targets have the static lengths of `views.tokens.span_lengths`; nothing is padded.
     """
     check_tokens(model, info)
-    corruption = dict(rate=rate, mean_span=mean_span, sentinel_id=special(info, "sentinel"), eos_id=special(info, "eod"))
+    sentinel, eod = special(info, "sentinel"), special(info, "eod")
+    corruption = dict(rate=rate, mean_span=mean_span, sentinel_id=sentinel, eos_id=eod)
     n_spans = span_lengths(info.length, rate, mean_span)[1]
     if n_spans > info.n_sentinels:
         raise UserError(f"span corruption of {info.length} tokens makes {n_spans} spans, and the tokenizer has"

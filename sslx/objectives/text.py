@@ -22,7 +22,8 @@ def check_tokens(model, info: Info) -> None:
 def special(info: Info, name: str) -> int:
     """The id of a special token. Raises UserError if the tokenizer has none of this name."""
     if name not in info.special:
-        raise UserError(f"the tokenizer of {info.name!r} has no {name!r} token; it has {', '.join(info.special) or 'none'}")
+        has = ", ".join(info.special) or "none"
+        raise UserError(f"the tokenizer of {info.name!r} has no {name!r} token; it has {has}")
     return info.special[name]
 
 

@@ -170,7 +170,7 @@ def test_features_are_those_of_each_example_in_order_without_padding_and_bad_rec
         return {}
 
     mesh = make_mesh(**axes)
-    evaluate = evals.assemble({"spy": spy}, dict(train=source), OBJECTIVE, mesh, batch_size=8, every=1)
+    evaluate = evals.assemble({"spy": spy}, dict(train=source), OBJECTIVE, mesh, batch_size=8)
     with jax.set_mesh(mesh):  # as the loop calls it, with parameters that live on the mesh
         evaluate.evaluate(jax.device_put(jnp.float32(2.0), NamedSharding(mesh, P())), ())
     good = [list.__getitem__(source.examples, i) for i in range(21) if i != 4]
@@ -182,7 +182,7 @@ def test_features_are_those_of_each_example_in_order_without_padding_and_bad_rec
 def test_heldout_is_the_token_weighted_mean_and_the_same_every_time():
     source = images(30)
     evaluate = evals.assemble({"heldout": heldout.make(batches=5)}, dict(heldout=source), OBJECTIVE, make_mesh(),
-                              batch_size=8, every=1)
+                              batch_size=8)
     metrics = evaluate.evaluate(jnp.float32(1.0), ())
     means = np.stack([e["image"].mean() for e in source.examples])[:24].reshape(3, 8)
     expected = np.average(means.mean(1), weights=means.sum(1))
@@ -197,7 +197,7 @@ def test_heldout_is_the_token_weighted_mean_and_the_same_every_time():
 def test_raw_baseline_has_the_accuracies_of_pixels():
     evaluations = dict(probe=probe.make(), knn=knn.make(), collapse=collapse.make(), heldout=heldout.make())
     splits = dict(train=images(90), test=images(45, seed=1), heldout=images(16))
-    evaluate = evals.assemble(evaluations, splits, OBJECTIVE, make_mesh(), batch_size=16, every=1)
+    evaluate = evals.assemble(evaluations, splits, OBJECTIVE, make_mesh(), batch_size=16)
     raw = evaluate.baseline_raw()
     assert set(raw) == {"probe/accuracy@raw", "knn/accuracy@raw"} and min(raw.values()) > 0.95
     with jax.set_mesh(make_mesh()):
@@ -219,7 +219,7 @@ def test_raw_features_of_tokens_are_shares():
     (dict(knn=5), "evals.knn is 5"),
     (dict(knn=dict(k=0)), "k=0"),
     (dict(batch_size=12), "evals.batch_size is 12"),
-    (dict(every="often"), "evals.every"),
+    (dict(batch_size="often"), "evals.batch_size"),
     (dict(labelled=dict(trian=dict())), "did you mean 'train'"),
 ])
 def test_mistakes_name_the_field(section, message):
@@ -235,6 +235,6 @@ def test_a_missing_split_says_where_to_add_it():
 
 def test_too_little_held_out_data_is_an_error():
     evaluate = evals.assemble({"heldout": heldout.make()}, dict(heldout=images(5)), OBJECTIVE, make_mesh(),
-                              batch_size=8, every=1)
+                              batch_size=8)
     with pytest.raises(UserError, match="fewer than one batch"):
         evaluate.evaluate(jnp.float32(1.0), ())

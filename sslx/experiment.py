@@ -1,0 +1,133 @@
+"""From a config to all that it describes, built and checked before anything is compiled."""
+
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from sslx import checkpoint, config, evals, flops, optim
+from sslx.config import UserError
+from sslx.data import Source, pipeline
+from sslx.objectives import Objective
+from sslx.sharding import batch_shards, make_mesh
+from sslx.state import TrainState
+
+SECTIONS = ("mesh", "model", "objective", "data", "optim", "run", "evals")
+
+
+class Run(NamedTuple):
+    """config.run. Intervals are in steps.
+
+    accumulate: micro-batches per step; a contrastive loss sees the negatives of its micro-batch.
+    log_every, eval_every, save_every: points, evaluations, checkpoints; the last step has all three.
+    keep:       newest checkpoints kept.
+    """
+
+    steps: int
+    seed: int = 0
+    accumulate: int = 1
+    log_every: int = 20
+    eval_every: int = 500
+    save_every: int = 500
+    keep: int = 2
+
+
+class Data(NamedTuple):
+    """config.data.
+
+    batch_size: rows of the global batch.
+    train:      a source (a file of sslx/data).
+    workers:    reading processes; 0 reads in threads.
+    on_bad:     what to do about a record that cannot be decoded.
+    """
+
+    batch_size: int
+    train: Mapping
+    shuffle: bool = True
+    workers: int = 0
+    on_bad: pipeline.OnBad = "skip"
+
+
+class Experiment(NamedTuple):
+    """What a config describes; `config` is the config itself, as nested dicts."""
+
+    config: dict[str, Any]
+    run: Run
+    data: Data
+    mesh: jax.sharding.Mesh
+    source: Source
+    objective: Objective
+    optimizer: optim.Optimizer
+    evaluation: evals.Evaluate
+
+
+def build(conf: ml_collections.ConfigDict, devices: list | None = None) -> Experiment:
+    """Reads every section of a config. Raises UserError for whatever cannot work."""
+    for key in conf:
+        if key not in SECTIONS:
+            raise UserError(f"unknown section config.{key}{config.nearest(key, SECTIONS)}")
+    for key in SECTIONS:
+        if key not in conf:
+            raise UserError(f"section config.{key} is missing")
+    run = config.call(Run, conf.run, "config.run")
+    for name in Run._fields:
+        if name != "seed" and getattr(run, name) < 1:
+            raise UserError(f"config.run.{name} is {getattr(run, name)}; it takes a positive integer")
+    data = config.call(Data, conf.data, "config.data")
+    mesh = config.call(make_mesh, conf.mesh, "config.mesh", devices=devices)
+    rows = batch_shards(mesh) * run.accumulate
+    if data.batch_size < 1 or data.batch_size % rows:
+        raise UserError(f"config.data.batch_size={data.batch_size} does not divide into {run.accumulate} micro-batches"
+                        f" (run.accumulate) over {batch_shards(mesh)} devices (mesh data x fsdp);"
+                        f" choose a multiple of {rows}")
+    optimizer = config.call(optim.make, conf.optim, "config.optim")
+    source = pipeline.source(data.train, "config.data.train", data.on_bad)
+    model = config.build("models", conf.model, "config.model")
+    objective = config.build("objectives", conf.objective, "config.objective", model=model, info=source.info)
+    evaluation = evals.make(conf.evals, objective, mesh, data.on_bad)
+    return Experiment(conf.to_dict(), run, data, mesh, source, objective, optimizer, evaluation)
+
+
+def record(experiment: Experiment, state: TrainState, counted: flops.Flops, peak: float | None) -> dict[str, Any]:
+    """The first record of metrics.jsonl: what was run, on what, and what a step costs."""
+    conf, run, data, mesh, source, *_ = experiment
+    text = json.dumps(checkpoint.flat(conf), sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    objective = conf["objective"]["name"]
+    libraries = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+    return dict(
+        run_id=f"{objective}-{digest}-{run.seed}",
+        config=conf,
+        config_hash=digest,
+        git_sha=git_sha(),
+        objective=objective,
+        modality=source.info.modality,
+        dataset=source.info.name,
+        seed=run.seed,
+        n_params=flops.n_params(state.params),
+        n_params_nonembedding=flops.n_params_nonembedding(state.params),
+        flops_per_example={name: n / data.batch_size for name, n in counted.model.items()},
+        flops_convention=flops.CONVENTION,
+        batch_size=data.batch_size,
+        total_steps=run.steps,
+        device=jax.devices()[0].device_kind,
+        device_count=mesh.size,
+        peak_flops=peak,
+        versions={"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in libraries},
+    )
+
+
+def git_sha() -> str | None:
+    """The commit of the code that runs, "-dirty" if it was changed; None if it runs from no checkout."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
