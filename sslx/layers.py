@@ -331,7 +331,6 @@ class BatchNorm(nn.Module):
     momentum: float = 0.9
     epsilon: float = 1e-5
     affine: bool = True
-    zero_init: bool = False
 
     @nn.compact
     def __call__(self, x, *, train: bool):
@@ -350,8 +349,7 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         scale = jax.lax.rsqrt(var + self.epsilon)
         if self.affine:
-            gain = nn.initializers.zeros if self.zero_init else nn.initializers.ones
-            scale = scale * weight(self, "scale", gain, shape, (None,))
+            scale = scale * weight(self, "scale", nn.initializers.ones, shape, (None,))
         y = (x32 - mean) * scale
         if self.affine:
             y = y + weight(self, "bias", nn.initializers.zeros, shape, (None,))

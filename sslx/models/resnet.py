@@ -25,10 +25,8 @@ class Residual(nn.Module):
         plan = [(f, 1, 1), (f, 3, s), (4 * f, 1, 1)] if self.bottleneck else [(f, 3, s), (f, 3, 1)]
         y = x
         for i, (features, kernel, stride) in enumerate(plan):
-            last = i == len(plan) - 1
-            y = Conv(features, kernel, stride, d)(y)
-            y = BatchNorm(zero_init=last)(y, train=train)
-            y = y if last else nn.relu(y)
+            y = BatchNorm()(Conv(features, kernel, stride, d)(y), train=train)
+            y = nn.relu(y) if i < len(plan) - 1 else y
         if x.shape != y.shape:
             x = BatchNorm(name="shortcut_norm")(Conv(y.shape[-1], 1, s, d, name="shortcut")(x), train=train)
         return nn.relu(x + y)

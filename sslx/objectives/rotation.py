@@ -1,0 +1,36 @@
+"""Rotation prediction: tell by which multiple of 90 degrees an image was turned (Gidaris et al. 2018)."""
+
+import jax
+import jax.numpy as jnp
+
+from sslx.data import Info
+from sslx.layers import Linear, cross_entropy
+from sslx.models import encode as encode_images
+from sslx.objectives import Objective
+from sslx.objectives.image import grid_patches
+from sslx.views.image import to_float
+
+
+def make(model, info: Info) -> Objective:
+    """Four turns of every image, a linear head that tells them apart."""
+    head = Linear(4, ("embed", None))
+
+    def init(key, batch):
+        key_encoder, key_head = jax.random.split(key)
+        images = to_float(batch["image"])
+        stats = dict(model.init(key_encoder, images, train=True, method="encode"))
+        h_BD = model.apply(stats, images, train=False, method="encode")
+        return {"encoder": stats.pop("params"), "head": head.init(key_head, h_BD)["params"]}, stats
+
+    def loss(params, aux, batch, key):
+        images = to_float(batch["image"])
+        turned = jnp.concatenate([jnp.rot90(images, turns, axes=(1, 2)) for turns in range(4)])
+        h_VD, aux = encode_images(model, params["encoder"], aux, turned, train=True)
+        logits = head.apply({"params": params["head"]}, h_VD)
+        value = cross_entropy(logits, jnp.repeat(jnp.arange(4), len(images))).mean()
+        return value, (aux, {"loss": value, "tokens": jnp.int32(len(images) * grid_patches(model, info))})
+
+    def encode(params, aux, batch):
+        return encode_images(model, params["encoder"], aux, to_float(batch["image"]), train=False)[0]
+
+    return Objective(init, loss, encode)
