@@ -1,8 +1,11 @@
 """Checkpoints: Orbax, saved in the background, restored onto any mesh; and the config a workdir belongs to."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,11 +17,14 @@ from sslx.state import TrainState
 # What may differ between a run and its resumption: nothing of it changes what is computed.
 FREE = ("mesh", "evals", "data.workers", "run.log_every", "run.eval_every", "run.save_every", "run.keep")
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: pathlib.Path, keep: int):
+        self.workdir = workdir
         self.manager = ocp.CheckpointManager(
             workdir.absolute() / "checkpoints",
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True))
@@ -27,20 +33,49 @@ class Checkpoints:
         """The newest step that was saved completely."""
         return self.manager.latest_step()
 
-    def save(self, state: TrainState) -> None:
-        """Starts saving; the device buffers are copied before this returns, so the state may be donated."""
+    def save(self, state: TrainState, bad_records: int = 0) -> None:
+        """Starts saving; the device buffers are copied before this returns, so the state may be donated.
+
+        bad_records: passed over so far. Raises UserError, here or later, if no space is left.
+        """
         step = int(state.step)
         if step not in self.manager.all_steps():
-            self.manager.save(step, args=ocp.args.StandardSave(state._asdict()))
+            with self.explained():
+                self.manager.save(step, args=ocp.args.StandardSave(state._asdict()),
+                                  custom_metadata={"bad_records": bad_records})
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state at `step`, sharded as `abstract` says, whatever mesh it was saved from."""
         return TrainState(**self.manager.restore(step, args=ocp.args.StandardRestore(abstract._asdict())))
 
+    def bad_records(self, step: int) -> int:
+        """How many bad records had been passed over by `step`."""
+        return self.manager.metadata(step).custom_metadata["bad_records"]
+
     def close(self) -> None:
-        """Waits until what was started is saved."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Waits until what was started is saved. Raises UserError if no space is left."""
+        with self.explained():
+            self.manager.wait_until_finished()
+            self.manager.close()
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """A full disk as a UserError."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if not no_space(error):
+                raise
+            saved = self.latest()
+            last = "no checkpoint is complete" if saved is None else f"the last complete checkpoint is of step {saved}"
+            raise UserError(f"a checkpoint could not be saved in {self.workdir}: there is no space left; {last}."
+                            " Free some space (or keep fewer checkpoints: run.keep), then run the same command"
+                            " again") from error
+
+
+def no_space(error: Exception) -> bool:
+    """Whether a disk, a quota or a limit on the size of files was full. Orbax hands on TensorStore's words."""
+    return getattr(error, "errno", None) in NO_SPACE or any(f"[os_error_code='{n}']" in str(error) for n in NO_SPACE)
 
 
 def claim(workdir: pathlib.Path, config: dict[str, Any], fingerprint: str) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 class UserError(Exception):
     """A mistake in a config, a flag or a file: one paragraph that names it and says what to do."""
 
+    status = 2  # with which the process exits
+
 
 def load(folder: str, name: str) -> Callable[..., Any]:
     """The `make` of `sslx/<folder>/<name>.py`."""

@@ -3,12 +3,29 @@
 Trains, evaluates, and goes on from W if it holds a checkpoint.
 """
 
+import errno
+import os
 import sys
 import time
+import traceback
+
+INTERRUPTED = 130
+# Not a bug: a folder that cannot be written, a disk that is full.
+OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT,
+                  errno.EFBIG)
 
 
 def main(arguments: list[str]) -> int:
-    """Parses flags, sets the platform up, trains; returns 0, 2 for a user's mistake, 3 for a diverged run."""
+    """Parses flags, sets the platform up, trains. Returns the exit status:
+
+    0    the last step is done.
+    2    a mistake in the command line, the config, the data or the workdir, or a full disk.
+    3    the loss or its gradient is not finite.
+    130  stopped by Ctrl-C or SIGTERM, with the state saved; a second one stops at once, without saving.
+
+    In every case the same command goes on from the newest checkpoint. An exception that is nobody's mistake
+    but the code's keeps its traceback, with status 1.
+    """
     began = time.monotonic()
     from sslx import platforms
     from sslx.config import UserError
@@ -19,15 +36,21 @@ def main(arguments: list[str]) -> int:
         from sslx import train
 
         platforms.enable_compilation_cache()
-        train.run(config, workdir)
+        finished = train.run(config, workdir)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
-        return 3 if type(error).__name__ == "Diverged" else 2
+        return error.status
     except OSError as error:
-        print(f"\nerror: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}.", file=sys.stderr)
-        return 2
-    print(f"finished in {time.monotonic() - began:.0f} s")
-    return 0
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        print(f"\nerror: {error.filename or workdir}: {error.strerror}. Make it writable or free some space, or choose"
+              " another --workdir.", file=sys.stderr)
+        return UserError.status
+    except KeyboardInterrupt:
+        print("\nstopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    print(f"{'finished' if finished else 'stopped'} after {time.monotonic() - began:.0f} s")
+    return 0 if finished else INTERRUPTED
 
 
 def parse(arguments: list[str]):
@@ -37,23 +60,53 @@ def parse(arguments: list[str]):
 
     from sslx.config import UserError
 
+    command = ["sslx.main", *arguments]
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", None, "File of the experiment, with its argument: X.py[:arg].",
-                                             flag_values=values)
+                                             flag_values=values, sys_argv=command)
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run: logs, checkpoints, report.", flag_values=values)
     if {"--help", "-h", "-help"} & set(arguments):
         print(__doc__, values.main_module_help(), sep="\n")
         raise SystemExit(0)
+    file = config_file(command)
     try:
-        rest = values(["sslx.main", *arguments])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, SyntaxError) as error:
-        raise UserError(f"the command line cannot be read: {error}") from error
+        rest = values(command)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        if raised_in(file, error):
+            raise
+        reason = f"no field {error.args[0]}" if isinstance(error, (AttributeError, KeyError)) else str(error)
+        raise UserError(f"the command line cannot be read: {' '.join(reason.split())}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: everything is a flag, --config.a.b=value or --workdir W")
     for name, flag in (("config", config), ("workdir", workdir)):
         if flag.value is None:
             raise UserError(f"--{name} is missing.\n{__doc__}")
     return config.value, workdir.value
+
+
+def config_file(command: list[str]) -> str | None:
+    """The file that --config names, without the argument. Raises UserError if there is none of this name."""
+    from absl import flags
+
+    from sslx.config import UserError
+
+    values = flags.FlagValues()
+    config = flags.DEFINE_string("config", None, "", flag_values=values)
+    try:
+        values(command, known_only=True)
+    except flags.Error as error:
+        raise UserError(f"the command line cannot be read: {error}") from error
+    file = config.value and config.value.partition(":")[0]
+    if config.value is not None and not os.path.isfile(file):
+        raise UserError(f"--config names {file!r}, where there is no file. It takes the path of a config, such as"
+                        f" configs/quickstart.py; paths are relative to {os.getcwd()}")
+    return file
+
+
+def raised_in(file: str | None, error: Exception) -> bool:
+    """Whether `error` is one of the code in the config file, whose author wants to see the traceback."""
+    frames = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
+    return file in frames or "Error whilst parsing config file" in str(error)  # what ml_collections makes of it
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The training loop and the training step: the only ones, for every objective."""
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -27,15 +28,18 @@ N_SHOWN = 8  # examples in the pictures of the report
 class Diverged(UserError):
     """The loss or its gradient is not finite."""
 
+    status = 3
 
-def run(conf: ml_collections.ConfigDict, workdir: str) -> None:
+
+def run(conf: ml_collections.ConfigDict, workdir: str) -> bool:
     """Trains what `conf` describes in `workdir`, or goes on where a run of the same config stopped.
 
+    True if the last step is done, False if an interruption came first. The state is saved in either case.
     Raises UserError for a mistake in the config, the data or the workdir; Diverged if the loss is no number.
     """
     built = build(conf)
     with jax.set_mesh(built.mesh):
-        loop(built, pathlib.Path(workdir))
+        return loop(built, pathlib.Path(workdir))
 
 
 def train_step(objective: Objective, tx: optax.GradientTransformation, seed: int, accumulate: int = 1) -> Callable:
@@ -87,11 +91,9 @@ def count_flops(objective: Objective, current: TrainState, batch: Batch) -> flop
     return flops.count(grad_of, current.params, current.aux, batch, jax.random.key(0))
 
 
-def loop(built: Experiment, workdir: pathlib.Path) -> None:
+def loop(built: Experiment, workdir: pathlib.Path) -> bool:
     """Steps from the newest checkpoint, or from the start, to the last step; logs, evaluates and saves on the way."""
     conf, options, data, mesh, source, objective, optimizer, evaluation = built
-    checkpoint.claim(workdir, conf, source.info.fingerprint)
-    checkpoints = checkpoint.Checkpoints(workdir, options.keep)
     stream = pipeline.stream(source, seed=options.seed, shuffle=data.shuffle, on_bad=data.on_bad)
 
     def batches(first: int, last: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
@@ -101,22 +103,29 @@ def loop(built: Experiment, workdir: pathlib.Path) -> None:
 
     example = next(batches(0, 1))[0]
     born = jax.jit(lambda batch: state.create(objective, optimizer.tx, options.seed, batch))
+    unborn = abstract(born, example, mesh)
+    counted = count_flops(objective, unborn, example)
+    # Only a config whose networks and loss can be traced lays claim to the workdir.
+    checkpoint.claim(workdir, conf, source.info.fingerprint)
+    checkpoints = checkpoint.Checkpoints(workdir, options.keep)
     resumed = checkpoints.latest()
     start = resumed or 0
-    current = born(example) if resumed is None else checkpoints.restore(resumed, abstract(born, example, mesh))
-    counted = count_flops(objective, current, example)
+    current = born(example) if resumed is None else checkpoints.restore(resumed, unborn)
     peak = flops.peak_flops(jax.devices()[0], conf["model"].get("dtype", "bfloat16"))
     record = experiment.record(built, current, counted, peak)
     logger = log.Logger(workdir, record, resumed, options.steps, jax.process_index() == 0)
     logger.say(f"{record['objective']} on {source.info.name}: {record['n_params']:,} parameters,"
                f" {counted.model_total:.3g} FLOPs a step, mesh {dict(mesh.shape)}"
                + ("" if resumed is None else f", resumed at step {start}"))
+    if start == options.steps:
+        logger.say(f"this run is finished: step {start} of {options.steps} was saved, nothing is left to train")
     step_fn = train_step(objective, optimizer.tx, options.seed, options.accumulate)
     show = objective.show and jax.jit(objective.show)
     n_shown = batch_shards(mesh) * math.ceil(N_SHOWN / batch_shards(mesh))
     shown_batch = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[:n_shown], batch_sharding(mesh)), example)
     clock, interrupted = Clock(logger.wall_s), Interrupt()
-    tokens_seen, bad_records = state.exact(np.asarray(current.tokens)), 0
+    tokens_seen = state.exact(np.asarray(current.tokens))
+    bad_records = 0 if resumed is None else checkpoints.bad_records(resumed)
 
     def point(step: int, split: str, metrics: dict[str, float], **fields: Any) -> None:
         spent, examples = step * counted.model_total, step * data.batch_size
@@ -150,7 +159,9 @@ def loop(built: Experiment, workdir: pathlib.Path) -> None:
                   tokens_per_s=speed.tokens_per_s, mfu=mfu)
 
     pending, step = None, start
-    try:
+    with contextlib.ExitStack() as closing:
+        for close in (interrupted.restore, logger.close, checkpoints.close):
+            closing.callback(close)
         if start == 0:
             clock.pause(lambda: evaluate(0))
         for step, (batch, host) in enumerate(batches(start, options.steps), start + 1):
@@ -165,17 +176,14 @@ def loop(built: Experiment, workdir: pathlib.Path) -> None:
             if save or judge:  # only when the metrics of the very step are known to be sound
                 read(*pending)
                 pending = None
-            if save:
-                clock.pause(functools.partial(checkpoints.save, current))
-            if judge:
+            if judge:  # before saving: a checkpoint says that the log is complete up to its step
                 clock.pause(functools.partial(evaluate, step))
+            if save:
+                clock.pause(functools.partial(checkpoints.save, current, bad_records))
             if stop:
                 break
-    finally:
-        checkpoints.close()
-        logger.close()
-        interrupted.restore()
     finish(workdir, logger, step, options.steps)
+    return step == options.steps
 
 
 def finish(workdir: pathlib.Path, logger: log.Logger, step: int, steps: int) -> None:
@@ -203,6 +211,7 @@ def abstract(born: Callable, batch: Batch, mesh: jax.sharding.Mesh) -> TrainStat
     """Shapes, dtypes and shardings of the state, without computing it."""
 
     def concrete(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, x.sharding.spec))
+        spec = x.sharding.spec if x.sharding else jax.sharding.PartitionSpec()  # a constant has none
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
     return jax.tree.map(concrete, jax.eval_shape(born, batch))

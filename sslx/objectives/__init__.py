@@ -23,7 +23,8 @@ class Objective(NamedTuple):
             (corpus units seen before any masking: tokens, patches of the image grid).
     encode: (params, aux, batch) -> features float32[B, D], frozen, for evaluations.
     show:   (params, aux, batch, key) -> {caption: images [N, H, W, C] in [0, 1] or tokens [N, T]},
-            what a person looks at in the report; None if there is nothing to see.
+            what a person looks at in the report, in the order of
+            the captions' names; None if there is nothing to see.
     """
 
     init: Callable[[jax.Array, Batch], tuple[Params, Aux]]

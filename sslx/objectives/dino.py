@@ -106,9 +106,9 @@ def make(model, info: Info, *, steps: int, global_view: dict[str, Any], local_vi
     def show(params, aux, batch, key):
         large, small = multi_crop(key, batch["image"], views, local, n_local)
         shown = {"input": to_float(batch["image"])}
-        shown |= {f"global crop {i + 1}": crop for i, crop in enumerate(jnp.split(large, 2))}
+        shown |= {f"large crop {i + 1}": crop for i, crop in enumerate(jnp.split(large, 2))}
         if n_local:
-            shown |= {f"local crop {i + 1}": crop for i, crop in enumerate(jnp.split(small, n_local)[:4])}
+            shown |= {f"small crop {i + 1}": crop for i, crop in enumerate(jnp.split(small, n_local)[:4])}
         return shown
 
     return Objective(init, loss, encode, show)

@@ -113,7 +113,7 @@ def make(model: VisionTransformer, info: Info, *, view: dict[str, Any], mask_rat
             mean, std = per_patch(target_BNP)
             predicted_BNP = predicted_BNP * std + mean
         hidden_BN1 = mask_BN[..., None] > 0
-        pictures = {"input": target_BNP, "visible": jnp.where(hidden_BN1, 0.5, target_BNP),
+        pictures = {"input": target_BNP, "masked": jnp.where(hidden_BN1, 0.5, target_BNP),
                     "reconstruction": jnp.where(hidden_BN1, predicted_BNP, target_BNP)}
         return {k: jnp.clip(unpatchify(v, model.patch, shape), 0, 1) for k, v in pictures.items()}
 

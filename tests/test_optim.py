@@ -1,0 +1,87 @@
+"""Schedules at their corners, what decays, and that every optimizer descends."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sslx import optim
+from sslx.config import UserError
+
+
+@pytest.mark.parametrize("schedule, decay, expected", [
+    ("cosine", 0, {0: 0.0, 5: 1.0, 10: 2.0, 55: 1.1, 100: 0.2, 200: 0.2}),
+    ("wsd", 20, {0: 0.0, 5: 1.0, 10: 2.0, 50: 2.0, 80: 2.0, 90: 1.1, 100: 0.2, 200: 0.2}),
+    ("wsd", 0, {0: 0.0, 10: 2.0, 89: 2.0}),
+    ("constant", 0, {0: 0.0, 5: 1.0, 10: 2.0, 100: 2.0}),
+])
+def test_learning_rate(schedule, decay, expected):
+    rate = optim.make(steps=100, learning_rate=2.0, schedule=schedule, warmup=10, decay=decay, final=0.1).learning_rate
+    assert {step: pytest.approx(float(rate(step)), rel=1e-6) for step in expected} == expected
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd", "constant"])
+def test_without_warmup_the_first_step_has_the_full_rate(schedule):
+    assert optim.make(steps=10, learning_rate=0.5, schedule=schedule).learning_rate(0) == 0.5
+
+
+@pytest.mark.parametrize("schedule, decay, expected", [
+    ("cosine", 0, {0: "warmup", 9: "warmup", 10: "decay", 99: "decay", 100: "annealed"}),
+    ("wsd", 20, {9: "warmup", 10: "stable", 79: "stable", 80: "decay", 99: "decay", 100: "annealed"}),
+    ("constant", 0, {9: "warmup", 10: "stable", 100: "stable"}),
+])
+def test_phase(schedule, decay, expected):
+    phase = optim.make(steps=100, learning_rate=1.0, schedule=schedule, warmup=10, decay=decay).phase
+    assert {step: phase(step) for step in expected} == expected
+
+
+def test_a_schedule_longer_than_the_run_is_refused():
+    with pytest.raises(UserError, match=r"optim.warmup=60 and optim.decay=50 do not fit into run.steps=100"):
+        optim.make(steps=100, learning_rate=1.0, schedule="wsd", warmup=60, decay=50)
+
+
+PARAMS = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(3)},
+          "tokens": {"embedding": jnp.ones((5, 2))}, "cls": jnp.ones(2), "mask_token": jnp.ones(2),
+          "head": {"prototypes": jnp.ones((2, 4))}}
+DECAYED = {"dense": {"kernel": True, "bias": False}, "norm": {"scale": False}, "tokens": {"embedding": True},
+           "cls": False, "mask_token": False, "head": {"prototypes": True}}
+
+
+def test_matrices_decay_and_vectors_do_not():
+    assert optim.decayed(PARAMS) == DECAYED
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd"])
+def test_without_a_gradient_only_what_decays_shrinks_by_rate_times_decay(optimizer):
+    tx = optim.make(steps=10, learning_rate=0.1, optimizer=optimizer, schedule="constant", weight_decay=0.5).tx
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
+    for update, decays in zip(jax.tree.leaves(updates), jax.tree.leaves(DECAYED), strict=True):
+        np.testing.assert_allclose(update, -0.05 if decays else 0.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer, rate", [("adamw", 0.1), ("lion", 0.03), ("sgd", 0.05), ("lars", 20.0)])
+def test_every_optimizer_descends(optimizer, rate):
+    tx = optim.make(steps=60, learning_rate=rate, optimizer=optimizer, warmup=5).tx
+    target = jax.tree.map(lambda x: 0.5 * x, PARAMS)
+
+    def distance(params):
+        return sum(jnp.square(a - b).sum() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True))
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(distance)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(60):
+        params, state = step(params, state)
+    assert distance(params) < 0.05 * distance(PARAMS)
+
+
+def test_clip_bounds_the_global_norm_and_leaves_small_gradients():
+    tx = optim.make(steps=10, learning_rate=1.0, optimizer="sgd", schedule="constant", momentum=0.0, clip=1.0).tx
+    for size, expected in ((100.0, 1.0), (0.01, 0.01 * np.sqrt(35))):
+        grads = jax.tree.map(lambda x, size=size: size * x, PARAMS)
+        updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
+        np.testing.assert_allclose(optax.global_norm(updates), expected, rtol=1e-5)
