@@ -47,8 +47,9 @@ def main(arguments: list[str]) -> int:
               " another --workdir.", file=sys.stderr)
         return UserError.status
     except KeyboardInterrupt:
-        print("\nstopped at once; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return INTERRUPTED
+        print("\nstopped at once; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)  # Python would wait for the threads of compilers and readers, or crash in them
     print(f"{'finished' if finished else 'stopped'} after {time.monotonic() - began:.0f} s")
     return 0 if finished else INTERRUPTED
 

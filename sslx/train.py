@@ -19,7 +19,7 @@ from sslx.config import UserError
 from sslx.data import pipeline
 from sslx.experiment import Experiment, build
 from sslx.objectives import Batch, Objective
-from sslx.sharding import batch_sharding, batch_shards
+from sslx.sharding import batch_sharding, batch_shards, spec
 from sslx.state import TrainState
 
 N_SHOWN = 8  # examples in the pictures of the report
@@ -71,7 +71,10 @@ def gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array, ac
         return grads, aux, metrics
 
     # The batch dimension splits with the rows first, so that every micro-batch lies on all devices.
-    micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
+    def split(x):
+        return jnp.moveaxis(jnp.reshape(x, (-1, accumulate, *x.shape[1:]), out_sharding=spec("batch")), 1, 0)
+
+    micro = jax.tree.map(split, batch)
 
     def body(carry, part):
         total, aux = carry

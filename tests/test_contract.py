@@ -16,9 +16,18 @@ from experiments import BATCH, CONFIGS, MESHES, OBJECTIVES, abstract_state, expe
 from sslx import state, train
 from sslx.checkpoint import Checkpoints
 from sslx.objectives import Objective
-from sslx.sharding import spec
+from sslx.sharding import make_mesh, spec
 
 STEPS = 15
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """Tiny programs that run a few times: most of the time would go into optimizing them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
 every_mesh = pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
@@ -163,8 +172,8 @@ def test_tokens_of_micro_batches_add_up(trained):
 
     @functools.partial(jax.jit, static_argnums=1)
     def tokens(current, accumulate):
-        *_, measured = train.gradient(built.objective, current.params, current.aux, batch, jax.random.key(0), accumulate)
-        return measured["tokens"]
+        key = jax.random.key(0)
+        return train.gradient(built.objective, current.params, current.aux, batch, key, accumulate)[2]["tokens"]
 
     assert tokens(current, 2) == metrics[0]["tokens"]
 
@@ -225,7 +234,7 @@ def test_accumulation_is_the_gradient_of_the_whole_batch(accumulate, shape):
 
 
 def experiment_mesh(shape):
-    return train.experiment.make_mesh(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+    return make_mesh(**dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
 
 
 def test_accumulation_of_a_language_model_on_a_mesh():

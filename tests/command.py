@@ -1,0 +1,61 @@
+"""Runs `python -m sslx.main` as a process of its own, as a user does."""
+
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = ROOT / "configs"
+
+
+def start(cache: pathlib.Path, *flags: object, devices: int = 1, file_bytes: int | None = None) -> subprocess.Popen:
+    """Starts the command on `devices` simulated devices, compiled programs being kept in `cache`.
+
+    file_bytes: no file may grow beyond it, which to the writer looks like a full disk.
+    """
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+    }
+
+    def limit():
+        if file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+
+    return subprocess.Popen([sys.executable, "-m", "sslx.main", *map(str, flags)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=limit)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a process that was started."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def run(cache: pathlib.Path, *flags: object, **options) -> tuple[int, str, str]:
+    return end(start(cache, *flags, **options))
+
+
+def wait(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    """Until `condition` holds; the process must not end before."""
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def variant(folder: pathlib.Path, name: str, edit: str) -> pathlib.Path:
+    """A config file: the debug variant of configs/<name>.py, changed by the statements `edit` on `config`."""
+    path = folder / f"{name}_variant.py"
+    path.write_text(f"""import runpy
+
+def get_config():
+    config = runpy.run_path({str(CONFIGS / (name + ".py"))!r})["get_config"]("debug")
+    {edit}
+    return config
+""")
+    return path
