@@ -10,7 +10,7 @@ import ml_collections
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     debug = arg == "debug"
-    steps = 24 if debug else 1000
+    steps = 24 if debug else 600
     width, length = (64, 64) if debug else (192, 128)
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)

@@ -1,4 +1,4 @@
-"""The command line: what a user can get wrong is told in one paragraph; what is nobody's mistake keeps its traceback."""
+"""The command line: a mistake of the user is told in one paragraph; a bug keeps its traceback."""
 
 import gzip
 import resource
@@ -71,8 +71,8 @@ def test_unknown_key(section, cache, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "edit", "words"), [
-    ("quickstart", "config.model = dict(config.model) | dict(width='64')", ("config.model.width", "'64'", "an integer")),
-    ("quickstart", "config.model = dict(config.model) | dict(width=64.0)", ("config.model.width", "64.0", "an integer")),
+    ("quickstart", "config.model = dict(config.model) | dict(width='64')", ("model.width", "'64'", "an integer")),
+    ("quickstart", "config.model = dict(config.model) | dict(width=64.0)", ("model.width", "64.0", "an integer")),
     ("quickstart", "config.optim = dict(config.optim) | dict(learning_rate='1e-3')",
      ("config.optim.learning_rate", "'1e-3'", "a number")),
     ("quickstart", "config.model.norm = 'rmsnorm'", ("config.model.norm", "'rms'")),
