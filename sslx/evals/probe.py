@@ -44,8 +44,9 @@ def make(*, l2: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4), select: float
         (train_ND, train_N), (test_ND, test_N) = subject.features("train"), subject.features("test")
         n_classes = int(max(train_N.max(), test_N.max())) + 1
         mean_D, std_D = train_ND.mean(0), train_ND.std(0)
-        scale_D = np.where(std_D > 1e-6 * np.abs(mean_D), std_D, np.inf)
-        x_ND, x_test_ND = (jnp.asarray((split_ND - mean_D) / scale_D) for split_ND in (train_ND, test_ND))
+        varies_D = std_D > 1e-6 * np.abs(mean_D)  # a constant tells nothing
+        x_ND, x_test_ND = (jnp.asarray(((split_ND - mean_D) / np.where(varies_D, std_D, 1))[:, varies_D])
+                           for split_ND in (train_ND, test_ND))
         y_N = jnp.asarray(train_N)
         held_N = np.random.default_rng(0).permutation(len(train_N)) < round(select * len(train_N))
 
