@@ -7,7 +7,7 @@ import pytest
 
 from sslx import layers
 from sslx.config import UserError
-from sslx.sharding import batch_sharding, make_mesh
+from sslx.sharding import batch_sharding, make_mesh, spec
 
 KEY = jax.random.key(0)
 
@@ -176,7 +176,7 @@ def test_mlp(kind):
 def stack(scan=True, remat="none", kv_heads=2, memory=None):
     block = dict(heads=4, kv_heads=kv_heads, hidden=24, norm="rms", mlp="swiglu", qk_norm=True, rope=True)
     module = layers.Stack(3, block, scan, remat)
-    x, positions = normal(2, 5, 16), jnp.arange(5)[None]
+    x, positions = jax.device_put(normal(2, 5, 16), spec("batch")), jnp.arange(5)[None]
 
     def apply(params):
         return module.apply({"params": params}, x, memory, mask="causal", positions=positions)

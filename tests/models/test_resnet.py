@@ -37,17 +37,12 @@ def test_stems_shrink_the_image_by_their_stride(stem, before_pooling):
     assert shapes["stage1_0"]["__call__"][0].shape == (2, before_pooling // 2, before_pooling // 2, 16)
 
 
-def test_a_new_block_passes_its_input_on_and_training_moves_every_statistic():
+def test_training_moves_every_statistic_and_judging_none():
     model = resnet.make(stages=(1,), width=8, stem="small", dtype="float32")
     images = np.random.default_rng(0).uniform(size=(4, 8, 8, 3)).astype(np.float32)
     variables = dict(model.init(KEY, images, True))
     params = variables.pop("params")
-    blank = params | {"stage0_0": jax.tree.map(jnp.zeros_like, params["stage0_0"])}
-    same = [model.apply({"params": p, **variables}, images, train=False, method="encode") for p in (params, blank)]
-    np.testing.assert_allclose(*same, rtol=1e-5)
-
-    features, still = encode(model, params, variables, images, train=False)
-    np.testing.assert_allclose(features, same[0], rtol=1e-5)
+    _, still = encode(model, params, variables, images, train=False)
     assert still is variables
     _, moved = encode(model, params, variables, images**2, train=True)
     assert jax.tree.structure(moved) == jax.tree.structure(variables)

@@ -30,7 +30,7 @@ def influence(model, params, mask, **options):
 
     def at(table, t):
         logits = model.apply({"params": params | {"tokens": {"embedding": table}}}, tokens, mask, **options)
-        return (logits[0, t] * jnp.arange(logits.shape[-1])).sum()
+        return (logits * (jnp.arange(T) == t)[:, None] * jnp.arange(logits.shape[-1])).sum()
 
     gradient = jax.jit(jax.grad(at))
     return np.stack([np.abs(gradient(params["tokens"]["embedding"], t)).max(-1)[:T] > 0 for t in range(T)])
