@@ -97,8 +97,10 @@ def config_file(command: list[str]) -> str | None:
         values(command, known_only=True)
     except flags.Error as error:
         raise UserError(f"the command line cannot be read: {error}") from error
-    file = config.value and config.value.partition(":")[0]
-    if config.value is not None and not os.path.isfile(file):
+    if config.value is None:
+        return None
+    file = config.value.partition(":")[0]
+    if not os.path.isfile(file):
         raise UserError(f"--config names {file!r}, where there is no file. It takes the path of a config, such as"
                         f" configs/quickstart.py; paths are relative to {os.getcwd()}")
     return file

@@ -42,7 +42,8 @@ def sees(mask, packed, b, t, s):
 @pytest.mark.parametrize("G, R", [(2, 1), (1, 3), (2, 2)])
 def test_attention(mask, packed, G, R):
     B, T, K = 2, 6, 4
-    q, k, v, bias = normal(B, T, G, R, K), normal(B, T, G, K, seed=1), normal(B, T, G, K, seed=2), normal(G, R, T, T, seed=3)
+    q, bias = normal(B, T, G, R, K), normal(G, R, T, T, seed=3)
+    k, v = normal(B, T, G, K, seed=1), normal(B, T, G, K, seed=2)
     expected = np.empty((B, T, G, R, K))
     for b, t, g, r in np.ndindex(B, T, G, R):
         keys = [s for s in range(T) if sees(mask, packed, b, t, s)]
@@ -66,7 +67,8 @@ def test_rope_products_depend_on_distance_alone():
     q, k = normal(1, 1, 8), normal(1, 1, 8, seed=1)
 
     def product(t, s):
-        return float((layers.rope(jnp.asarray(q), np.array([[t]])) * layers.rope(jnp.asarray(k), np.array([[s]]))).sum())
+        turned_q, turned_k = (layers.rope(jnp.asarray(x), np.array([[at]])) for x, at in ((q, t), (k, s)))
+        return float((turned_q * turned_k).sum())
 
     assert product(9, 4) == pytest.approx(product(25, 20), abs=1e-4)
     assert abs(product(9, 4) - product(9, 5)) > 1e-2
@@ -96,7 +98,8 @@ def test_batch_norm_trains_on_the_batch_and_judges_by_the_running_statistics(sha
     norm = layers.BatchNorm()
     y, moved = norm.apply(variables, x, train=True, mutable=["batch_stats"])
     mean, var = x.mean(axes), x.var(axes)
-    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"], rtol=1e-4, atol=1e-5)
+    expected = (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
     for name, value in (("mean", mean), ("var", var)):
         np.testing.assert_allclose(moved["batch_stats"][name], 0.9 * stats[name] + 0.1 * value, rtol=1e-4)
     still = norm.apply(variables, x, train=False)
@@ -123,7 +126,8 @@ def test_batch_norm_of_a_batch_over_eight_devices_is_that_of_one():
     for n in (1, 8):
         mesh = make_mesh(devices=jax.devices()[:n])
         with jax.set_mesh(mesh):
-            results.append(jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(jax.device_put(x, batch_sharding(mesh)))))
+            sharded = jax.device_put(x, batch_sharding(mesh))
+            results.append(jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(sharded)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *results)
 
 
@@ -145,7 +149,8 @@ def test_initial_kernels_have_variance_one_over_fan_in():
 
 
 def test_a_width_that_the_mesh_does_not_divide_is_named():
-    with jax.set_mesh(make_mesh(fsdp=2, tensor=4)), pytest.raises(UserError, match=r"kernel \(4, 6\) has 6 along 'hidden'"):
+    words = r"kernel \(4, 6\) has 6 along 'hidden'"
+    with jax.set_mesh(make_mesh(fsdp=2, tensor=4)), pytest.raises(UserError, match=words):
         layers.Linear(6, ("embed", "hidden")).init(KEY, normal(8, 4))
 
 

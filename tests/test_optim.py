@@ -66,7 +66,8 @@ def test_optimizers_descend(optimizer, rate):
     target = jax.tree.map(lambda x: 0.5 * x, PARAMS)
 
     def distance(params):
-        return sum(jnp.square(a - b).sum() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True))
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True)
+        return sum(jnp.square(a - b).sum() for a, b in pairs)
 
     @jax.jit
     def step(params, state):
@@ -84,7 +85,8 @@ def test_lars_moves_matrices_in_proportion_to_their_norm_and_vectors_by_their_gr
     tx = optim.make(steps=10, learning_rate=2.0, optimizer="lars", schedule="constant", momentum=0.0).tx
     updates, _ = tx.update(jax.tree.map(lambda x: size * x, PARAMS), tx.init(PARAMS), PARAMS)
     kernel, bias = updates["dense"]["kernel"], updates["dense"]["bias"]
-    np.testing.assert_allclose(np.linalg.norm(kernel), 2.0 * 0.001 * np.sqrt(6), rtol=1e-5)  # 0.001: the trust coefficient
+    trust = 0.001
+    np.testing.assert_allclose(np.linalg.norm(kernel), 2.0 * trust * np.sqrt(6), rtol=1e-5)
     np.testing.assert_allclose(bias, -2.0 * size, rtol=1e-5)
 
 

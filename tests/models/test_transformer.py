@@ -53,8 +53,9 @@ def group(t):
     return (t > 2) + (t > 4)
 
 
-@pytest.mark.parametrize("options", [dict(scan=False), dict(position="learned"), dict(kv_heads=1, qk_norm=True, position="rope"),
-                                     dict(remat="full")], ids=str)
+@pytest.mark.parametrize("options", [
+    dict(scan=False), dict(position="learned"), dict(kv_heads=1, qk_norm=True, position="rope"), dict(remat="full"),
+], ids=str)
 def test_every_variant_is_causal(options):
     assert influence(*tiny(**options), "causal").tolist() == np.tri(T, dtype=bool).tolist()
 
@@ -74,7 +75,8 @@ def test_rotary_positions_are_relative_and_learned_ones_are_not():
     tokens, positions = np.array([[3, 1, 4, 1, 5]]), np.arange(5)[None]
     for position, same in (("rope", True), ("learned", False)):
         model, params = tiny(position=position)
-        here, there = (model.apply({"params": params}, tokens, "causal", positions=p) for p in (positions, positions + 6))
+        here, there = (model.apply({"params": params}, tokens, "causal", positions=p)
+                       for p in (positions, positions + 6))
         assert np.allclose(here, there, atol=1e-4) == same
 
 

@@ -42,7 +42,8 @@ def test_any_patch_that_divides(patch, pool):
 
 
 def test_a_patch_that_does_not_divide_is_told_the_divisors():
-    with pytest.raises(UserError, match=r"model.patch=3 does not divide model.image_size=8; the divisors are \[1, 2, 4, 8\]"):
+    words = r"model.patch=3 does not divide model.image_size=8; the divisors are \[1, 2, 4, 8\]"
+    with pytest.raises(UserError, match=words):
         vit.make(image_size=8, patch=3, width=16, depth=1, heads=2)
     with pytest.raises(UserError, match="model.width=18 must be a multiple of 4"):
         vit.make(image_size=8, patch=4, width=18, depth=1, heads=2, position="sincos")
@@ -78,7 +79,8 @@ def test_kept_patches_bring_their_positions(position):
     order = np.random.default_rng(2).permuted(np.tile(np.arange(16), (2, 1)), axis=1)
     shuffled = model.apply(variables, IMAGES, jnp.asarray(order))
     whole = model.apply(variables, IMAGES)
-    np.testing.assert_allclose(shuffled, np.take_along_axis(np.asarray(whole), order[..., None], 1), rtol=1e-4, atol=1e-5)
+    expected = np.take_along_axis(np.asarray(whole), order[..., None], 1)
+    np.testing.assert_allclose(shuffled, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_vit_base_has_its_published_size():
