@@ -1,0 +1,22 @@
+"""What the README shows is what there is."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_of_an_objective_is_the_file():
+    assert f"```python\n{(ROOT / 'sslx/objectives/rotation.py').read_text()}```" in README
+
+
+def test_every_config_is_listed():
+    assert set(re.findall(r"^\| `(\w+\.py)`", README, re.M)) == {p.name for p in (ROOT / "configs").glob("*.py")}
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:sslx|configs)/[\w/]+\.py)`", README))))
+def test_every_file_that_is_named_exists(path):
+    assert (ROOT / path).is_file()
