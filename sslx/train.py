@@ -52,12 +52,16 @@ def train_step(objective: Objective, tx: optax.GradientTransformation, seed: int
         params = optax.apply_updates(current.params, updates)
         tokens = state.add_exactly(current.tokens, metrics["tokens"])
         new = TrainState(current.step + 1, tokens, params, aux, opt_state)
-        # What is carried keeps its sharding: the next step is the same program, and buffers are reused.
-        new = jax.tree.map(lambda x, old: jax.sharding.reshard(x, jax.typeof(old).sharding), new, current)
         # A copy: the state itself is donated to the next step before these are read.
-        return new, metrics | {"grad_norm": optax.global_norm(grads), "tokens_seen": jnp.copy(tokens)}
+        measured = metrics | {"grad_norm": optax.tree.norm(grads), "tokens_seen": jnp.copy(tokens)}
+        return lying_as(new, current), measured
 
     return jax.jit(step, donate_argnums=0)
+
+
+def lying_as(new, old):
+    """What is carried keeps its sharding: the next step is the same program, and buffers are reused."""
+    return jax.tree.map(lambda x, like: jax.sharding.reshard(x, jax.typeof(like).sharding), new, old)
 
 
 def gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array, accumulate: int):
@@ -79,8 +83,8 @@ def gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array, ac
     def body(carry, part):
         total, aux = carry
         i, rows = part
-        (_, (aux, metrics)), grads = grad_of(params, aux, rows, jax.random.fold_in(key, i))
-        return (jax.tree.map(jnp.add, total, grads), aux), metrics
+        (_, (new_aux, metrics)), grads = grad_of(params, aux, rows, jax.random.fold_in(key, i))
+        return (jax.tree.map(jnp.add, total, grads), lying_as(new_aux, aux)), metrics
 
     start = jax.tree.map(jnp.zeros_like, params)
     (total, aux), metrics = jax.lax.scan(body, (start, aux), (jnp.arange(accumulate), micro))
