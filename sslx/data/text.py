@@ -45,7 +45,7 @@ def make(
     labels="package": `label` is the top-level package of a window's file (path="stdlib"; its largest
     packages without "test", at most twice as many windows of one as of the median one).
     labels="field": an example is one JSONL document with its label, cut to T or padded with pad
-    (segment_ids 0 there).
+    (segment_ids 0 there, which come with these examples always).
 
     Empty documents are counted and skipped, and so are unreadable lines unless on_bad="stop", which
     raises UserError.
@@ -88,7 +88,7 @@ def make(
         spread = np.unique(np.linspace(0, len(tokens_WT) - 1, min(limit or len(tokens_WT), len(tokens_WT)), dtype=int))
         tokens_WT, label_W = tokens_WT[spread], label_W[spread]
         ids = dict(zip(("segment_ids", "positions"), documents_of(tokens_WT, eod, pad), strict=True))
-        examples = Arrays(tokens=tokens_WT, label=label_W, **(ids if documents else {}))
+        examples = Arrays(tokens=tokens_WT, label=label_W, **(ids if documents or labels == "field" else {}))
     if len(examples) == 0:
         raise UserError(f"config.data.path {path!r} holds {n_tokens} tokens in its split {split!r}, less than one"
                         f" window of config.data.length = {length}")

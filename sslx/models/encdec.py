@@ -70,11 +70,13 @@ class EncoderDecoder(nn.Module):
     def __call__(self, inputs_BS, targets_BT):
         return self.decode(self.encode(inputs_BS), targets_BT)
 
-    def encode(self, inputs_BS):
-        """Memory [B, S, D]."""
+    def encode(self, inputs_BS, segment_ids=None):
+        """Memory [B, S, D]; with `segment_ids` int [B, S], tokens see their own document only."""
         S = inputs_BS.shape[1]
-        where = self.where(S, self.encoder_bias) if self.position == "relative" else self.where(S)
-        return self.encoder_norm(self.encoder(self.tokens(inputs_BS), mask="bidirectional", **where))
+        masking = self.where(S, self.encoder_bias) if self.position == "relative" else self.where(S)
+        if segment_ids is not None:
+            masking["segments"] = (segment_ids, segment_ids)
+        return self.encoder_norm(self.encoder(self.tokens(inputs_BS), mask="bidirectional", **masking))
 
     def decode(self, memory_BSD, targets_BT):
         """Logits [B, T, V]; position t sees targets before t (0 stands before the first)."""

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sslx.layers import BatchNorm, Conv
+from sslx.views.image import normalize
 
 
 class Residual(nn.Module):
@@ -43,7 +44,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images_BHWC, train: bool):
-        x = ((images_BHWC - 0.5) / 0.25).astype(self.dtype)
+        x = normalize(images_BHWC).astype(self.dtype)
         kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "small_stride2": (3, 2)}[self.stem]
         x = Conv(self.width, kernel, stride, self.dtype, name="stem")(x)
         x = nn.relu(BatchNorm(name="stem_norm")(x, train=train))

@@ -13,7 +13,7 @@ import numpy as np
 from sslx.config import UserError
 from sslx.layers import Linear, Norm, Remat, Stack, weight
 from sslx.sharding import gather, spec
-from sslx.views.image import patchify
+from sslx.views.image import normalize, patchify
 
 
 def sincos_2d(rows: int, cols: int, width: int) -> np.ndarray:
@@ -50,7 +50,7 @@ class VisionTransformer(nn.Module):
     def __call__(self, images_BHWC, keep_BN=None):
         """`keep_BN`: int ids of the only patches to look at; the others cost nothing."""
         grid = tuple(side // self.patch for side in images_BHWC.shape[1:3])
-        patches_BNP = patchify((images_BHWC - 0.5) / 0.25, self.patch)
+        patches_BNP = patchify(normalize(images_BHWC), self.patch)
         positions_1ND = self.positions(grid)
         if keep_BN is not None:
             patches_BNP = jnp.take_along_axis(patches_BNP, keep_BN[..., None], 1)

@@ -36,7 +36,8 @@ def make(model: Transformer, info: Info, *, sample_length: int = 128, temperatur
         return value, (aux, {"loss": value, "token_nll": value, "tokens": jnp.int32(tokens_BT.size)})
 
     def encode(params, aux, batch):
-        return mean_pooled(model, params, batch, "causal")
+        hidden_BTD = model.apply({"params": params}, batch["tokens"], "causal", **masking(batch), method="hidden")
+        return mean_pooled(hidden_BTD, batch)
 
     def show(params, aux, batch, key):
         tokens_BT = batch["tokens"]

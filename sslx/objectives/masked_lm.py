@@ -55,6 +55,7 @@ def make(model: Transformer, info: Info, *, rate: float = 0.15, replace: float =
         return value, (aux, {"loss": value, "tokens": n_tokens})
 
     def encode(params, aux, batch):
-        return mean_pooled(model, params, batch, "bidirectional")
+        hidden_BTD = model.apply({"params": params}, batch["tokens"], "bidirectional", **masking(batch), method="hidden")
+        return mean_pooled(hidden_BTD, batch)
 
     return Objective(init, loss, encode)

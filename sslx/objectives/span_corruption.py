@@ -10,7 +10,7 @@ from sslx.data import Info
 from sslx.layers import cross_entropy
 from sslx.models.encdec import EncoderDecoder
 from sslx.objectives import Objective
-from sslx.objectives.text import check_tokens, special
+from sslx.objectives.text import check_tokens, mean_pooled, special
 from sslx.views.tokens import span_corrupt, span_lengths
 
 
@@ -42,6 +42,7 @@ def make(model: EncoderDecoder, info: Info, *, rate: float = 0.15, mean_span: fl
         return value, (aux, {"loss": value, "tokens": jnp.int32(tokens_BT.size)})
 
     def encode(params, aux, batch):
-        return model.apply({"params": params}, batch["tokens"], method="encode").astype(jnp.float32).mean(1)
+        memory_BSD = model.apply({"params": params}, batch["tokens"], batch.get("segment_ids"), method="encode")
+        return mean_pooled(memory_BSD, batch)
 
     return Objective(init, loss, encode)

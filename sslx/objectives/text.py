@@ -32,7 +32,8 @@ def masking(batch) -> dict:
     return {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
 
 
-def mean_pooled(model, params, batch, mask: str):
-    """Features [B, D]: the mean of the hidden states."""
-    hidden_BTD = model.apply({"params": params}, batch["tokens"], mask, **masking(batch), method="hidden")
-    return hidden_BTD.astype(jnp.float32).mean(1)
+def mean_pooled(hidden_BTD, batch):
+    """Features float32 [B, D]: the mean of the hidden states of all tokens but padding (segment 0)."""
+    text_BT = jnp.minimum(batch["segment_ids"], 1) if "segment_ids" in batch else jnp.ones_like(batch["tokens"])
+    summed_BD = (hidden_BTD.astype(jnp.float32) * text_BT[..., None]).sum(1)
+    return summed_BD / jnp.maximum(text_BT.sum(1), 1)[:, None]

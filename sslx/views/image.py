@@ -257,7 +257,8 @@ def to_float(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
 
-def normalize(images_BHWC: jax.Array, mean: float | Sequence[float], std: float | Sequence[float]) -> jax.Array:
+def normalize(images_BHWC: jax.Array, mean: float | Sequence[float] = 0.5,
+              std: float | Sequence[float] = 0.25) -> jax.Array:
     """(x - mean) / std of images in [0, 1], or of uint8 pixels as such; one number, or one per channel."""
     return (to_float(images_BHWC) - jnp.asarray(mean)) / jnp.asarray(std)
 

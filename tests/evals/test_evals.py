@@ -71,7 +71,8 @@ def test_probe_reaches_the_optimum_of_sklearn(l2):
     x, y = blobs(1, 400)
     weight = np.full(400, 1 / 400, np.float32)
     reference = LogisticRegression(C=1 / (l2 * 400), tol=1e-8, max_iter=5000).fit(x, y)
-    fit = probe.fit(x, y, weight, l2, jnp.zeros((12, 4)), jnp.zeros(4), tolerance=1e-5, max_iterations=500)
+    fit = probe.fit(x, y, weight, l2, jnp.zeros((12, 4)), jnp.zeros(4), *probe.principal_axes(x), tolerance=1e-5,
+                    max_iterations=500)
     optimum = probe.logistic_loss(jnp.asarray(reference.coef_.T, jnp.float32),
                                   jnp.asarray(reference.intercept_, jnp.float32), x, y, weight, l2)
     assert fit.gradient <= 1e-5
