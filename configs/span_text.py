@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     debug, words = arg == "debug", arg.endswith(".json")
     vocabulary, tokenizer = (4096, arg) if words else (384, "bytes")
     length, width, depth = (64, 64, 2) if debug else (128, 128, 2) if words else (256, 256, 4)
-    steps, batch, learning_rate = (24, 8, 1e-3) if debug else (1000, 32, 3e-3) if words else (3000, 16, 1e-3)
+    steps, batch, learning_rate = (24, 8, 1e-3) if debug else (1500, 32, 3e-3) if words else (3000, 16, 1e-3)
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.model = dict(name="encdec", vocab_size=vocabulary, width=width, depth=depth, heads=width // 32,

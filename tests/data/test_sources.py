@@ -102,7 +102,7 @@ def test_train_and_heldout_divide_the_documents(tmp_path):
 
 def test_labelled_documents_are_cut_or_padded(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "abcdef", "label": "spam"}\n{"text": "ab", "label": "ham"}\n')
-    source = build(name="text", path=str(tmp_path / "x.jsonl"), split="all", labels="field", length=4, documents=True)
+    source = build(name="text", path=str(tmp_path / "x.jsonl"), split="all", labels="field", length=4)
     first, second = source.examples[0], source.examples[1]
     assert first["tokens"].tolist() == [*b"abcd"] and second["tokens"].tolist() == [*b"ab", EOD, 258]
     assert (first["label"], second["label"], source.info.num_classes) == (1, 0, 2)

@@ -171,3 +171,16 @@ def test_whole_batch_normalization_is_global():
 def test_cross_entropy_of_a_certain_guess_is_zero():
     logits = jnp.full((2, 5), -1e4).at[jnp.arange(2), jnp.array([3, 1])].set(1e4)
     assert (cross_entropy(logits, jnp.array([3, 1])) == 0).all()
+
+
+@pytest.mark.parametrize("name", ["causal_text", "mlm_text", "span_text"])
+def test_features_of_text_do_not_depend_on_its_padding(name):
+    built, batch, start = born(name)
+    encode = jax.jit(built.objective.encode)
+    place_T = jnp.arange(batch["tokens"].shape[1], dtype=jnp.int32)
+    inside = jnp.broadcast_to(place_T < 40, batch["tokens"].shape)
+    padded = {"tokens": jnp.where(inside, batch["tokens"], built.source.info.special["pad"]),
+              "segment_ids": inside.astype(jnp.int32), "positions": jnp.broadcast_to(place_T, inside.shape)}
+    with jax.set_mesh(built.mesh):
+        alone = encode(start.params, start.aux, {"tokens": batch["tokens"][:, :40]})
+        np.testing.assert_allclose(encode(start.params, start.aux, padded), alone, atol=1e-5)
