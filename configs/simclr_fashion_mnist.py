@@ -11,15 +11,15 @@ import ml_collections
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     debug, digits = arg == "debug", arg in ("debug", "digits")
-    steps = 24 if debug else 1000 if digits else 2000
+    steps = 24 if debug else 1000
     size = 16 if digits else 28
     images = dict(name="digits") if digits else dict(name="idx", path="fashion-mnist")
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.model = dict(name="resnet", stages=(1, 1, 1, 1), width=8 if debug else 16, stem="small_stride2",
+    config.model = dict(name="resnet", stages=(1, 1, 1, 1), width=8 if debug else 32, stem="small_stride2",
                         dtype="float32")
     view = dict(size=size, scale=(0.3, 1.0), flip=0.0 if digits else 0.5, brightness=0.4, contrast=0.4, blur=0.0)
-    config.objective = dict(name="simclr", view=view, temperature=0.2, hidden=32 if debug else 256,
+    config.objective = dict(name="simclr", view=view, temperature=0.1, hidden=32 if debug else 256,
                             features=16 if debug else 128)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=2e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4)

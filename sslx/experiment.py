@@ -44,12 +44,14 @@ class Data(NamedTuple):
 
     batch_size: rows of the global batch.
     train:      a source (a file of sslx/data).
+    synthetic:  arguments of sslx/data/synthetic.py: rows of the shape of `train`'s, where the data is not at hand.
     workers:    reading processes; 0 reads in threads.
     on_bad:     what to do about a record that cannot be decoded.
     """
 
     batch_size: int
     train: Mapping
+    synthetic: Mapping | None = None
     shuffle: bool = True
     workers: int = 0
     on_bad: pipeline.OnBad = "skip"

@@ -79,6 +79,22 @@ def count(fn: Callable, *args: Any, formulas: Mapping[str, Formula] | None = Non
     return flops
 
 
+def kernels(fn: Callable, *args: Any) -> dict[str, int]:
+    """Hardware FLOPs of one call on one device of each kernel that FORMULAS count in `fn(*args)`, by its name."""
+    found: dict[str, int] = {}
+
+    def visit(jaxpr: Jaxpr, scopes: tuple[str, ...]) -> None:
+        for eqn in jaxpr.eqns:
+            inside, name = scopes + scope_names(eqn), kernel_name(eqn)
+            if name in FORMULAS:
+                found[name] = needed(inside, FORMULAS[name](eqn)[1])
+            for inner in jaxprs_in_params(eqn.params):
+                visit(inner, inside)
+
+    visit(jax.make_jaxpr(fn)(*args).jaxpr, ())
+    return found
+
+
 def component(scopes: tuple[str, ...]) -> str:
     """The component that a product belongs to: the outermost scope with a name of its own.
 
@@ -94,8 +110,8 @@ def scaled(numerator: int, denominator: int) -> Any:
     """A `jax.named_scope` in which the model count of every product is numerator / denominator of it.
 
     For a mask: of the T x T pairs of causal attention (T + 1) / (2 T) are needed, in the backward pass
-    too, so `with scaled(T + 1, 2 * T):` goes around Q K^T and P V. Kernels that are counted by a
-    formula are not scaled: the formula knows its mask.
+    too, so `with scaled(T + 1, 2 * T):` goes around Q K^T and P V, or around a fused kernel that skips
+    what the mask hides and whose formula does not know the mask.
     """
     if not 0 < numerator <= denominator:
         raise ValueError(f"scaled({numerator}, {denominator}): takes 0 < numerator <= denominator")
@@ -177,15 +193,19 @@ def place(scopes: tuple[str, ...]) -> str:
 
 def product_cost(scopes: tuple[str, ...], flops: int) -> Cost:
     """A product that the walker sees: recomputed it is no model FLOPs, in a `scaled` scope a part of them."""
-    model = 0 if RECOMPUTED in scopes else flops
-    for numerator, denominator in (map(int, m.groups()) for m in map(SCALED.fullmatch, scopes) if m):
-        model = model * numerator // denominator
-    return Cost(names(scopes), model, flops)
+    return Cost(names(scopes), 0 if RECOMPUTED in scopes else needed(scopes, flops), flops)
 
 
 def kernel_cost(scopes: tuple[str, ...], model: int, hw: int) -> Cost:
-    """A product counted by a formula."""
-    return Cost(names(scopes), 0 if RECOMPUTED in scopes else model, hw)
+    """Products counted by a formula: a kernel that a `scaled` scope stands around runs no more than is needed."""
+    return Cost(names(scopes), 0 if RECOMPUTED in scopes else needed(scopes, model), needed(scopes, hw))
+
+
+def needed(scopes: tuple[str, ...], flops: int) -> int:
+    """The part of a product that the `scaled` scopes around it say is needed."""
+    for numerator, denominator in (map(int, m.groups()) for m in map(SCALED.fullmatch, scopes) if m):
+        flops = flops * numerator // denominator
+    return flops
 
 
 def names(scopes: tuple[str, ...]) -> tuple[str, ...]:
@@ -243,9 +263,24 @@ def cudnn_attention(products: int, recomputed: int) -> Formula:
     return formula
 
 
+def splash_attention(products: int, recomputed: int) -> Formula:
+    """The formula of a splash attention kernel over all T x S pairs; a `scaled` scope around it says how many count."""
+
+    def formula(eqn: JaxprEqn) -> tuple[int, int]:
+        query, key = [s for s in map(shape, eqn.invars) if len(s) >= 3 and s[-1] == shape(eqn.outvars[-1])[-1]][:2]
+        flops = 2 * math.prod(query) * key[-2]
+        return products * flops, (products + recomputed) * flops
+
+    return formula
+
+
 FORMULAS: dict[str, Formula] = {
     "dot_product_attention_fwd_wrapper": cudnn_attention(products=2, recomputed=0),
     "dot_product_attention_bwd_wrapper": cudnn_attention(products=4, recomputed=1),
+    **{f"splash_mha_fwd{segmented}_{residuals}": splash_attention(products=2, recomputed=0)
+       for segmented in ("", "_segmented") for residuals in ("residuals", "no_residuals")},
+    **{f"splash_mha_dkv{segmented}_no_residuals": splash_attention(products=4, recomputed=1)
+       for segmented in ("", "_segmented")},
 }
 
 

@@ -2,8 +2,9 @@
 
 A weight names the logical axis of each of its dimensions and is born sharded by `sharding.RULES`; it is
 gathered over `fsdp`, in the compute dtype, where it is used. Activations keep their rows over the data
-axes, and heads, hidden units and vocabulary over `tensor`; where both sides of a product are sharded on
-the contracted axis, `Linear` states the sharding of the sum.
+axes, time over `context`, and heads, hidden units and vocabulary over `tensor`; where both sides of a product
+are sharded on the contracted axis, `Linear` states the sharding of the sum. Between the products of a block
+the residual stream is cut along time over `tensor` as well (Korthikanti et al. 2022), where time divides.
 
 Shapes: B batch, T and S time or patches, D model, F hidden, H heads, G key-value heads, R query heads per
 key-value head, K head dim, V vocabulary.
@@ -17,15 +18,19 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
-from sslx import flops
+from sslx import flops, kernels
 from sslx.config import UserError
-from sslx.sharding import RULES, gather, spec
+from sslx.sharding import RULES, axis_size, gather, platform, residual, spec, whole
 
 Mask = Literal["causal", "bidirectional", "prefix"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
 
-POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
+POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+            "full": None}
 
 
 def weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...],
@@ -34,9 +39,8 @@ def weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...],
 
     Raises UserError if a dimension does not divide over its mesh axis.
     """
-    mesh = jax.sharding.get_abstract_mesh().shape
     for size, axis in zip(shape, axes, strict=True):
-        devices = mesh[RULES[axis]] if axis else 1
+        devices = axis_size(axis) if axis else 1
         if size % devices:
             where = "/".join((*module.path, name))
             raise UserError(f"{where} {shape} has {size} along {axis!r}, which mesh.{RULES[axis]}={devices} does not"
@@ -44,11 +48,11 @@ def weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...],
     return module.param(name, init, shape, jnp.float32, spec(*axes))
 
 
-def fan_in(n_in: int = 1, scale: float = 1.0) -> Callable:
-    """Truncated normal of variance scale² / fan-in, the fan-in being the first `n_in` dimensions."""
+def fan_in(n_in: int = 1, scale: float = 1.0, stacked: int = 0) -> Callable:
+    """Truncated normal of variance scale² / fan-in, the fan-in being `n_in` dimensions after the `stacked` ones."""
 
     def init(key, shape, dtype, out_sharding):
-        std = scale / math.sqrt(math.prod(shape[:n_in]))
+        std = scale / math.sqrt(math.prod(shape[stacked:stacked + n_in]))
         return std / 0.87962566 * jax.random.truncated_normal(key, -2, 2, shape, dtype, out_sharding=out_sharding)
 
     return init
@@ -71,8 +75,9 @@ class Linear(nn.Module):
         w = weight(self, "kernel", fan_in(self.n_in, self.scale), shape, self.axes)
         in_axes, out_axes = self.axes[:self.n_in], self.axes[self.n_in:]
         summed = any(RULES[a] == "tensor" for a in in_axes)
-        lead = (None,) * (x.ndim - self.n_in - 1)
-        out = spec("batch", *lead, *(a if RULES[a] == "tensor" else None for a in out_axes)) if summed else None
+        out = None
+        if summed:  # rows of tokens go back to the residual stream
+            out = residual(x.shape[1]) if x.ndim - self.n_in == 2 else spec("batch", *(None,) * len(features))
         contracted, kept = "abc"[:self.n_in], "xyz"[:len(features)]
         y = jnp.einsum(f"...{contracted},{contracted}{kept}->...{kept}", x.astype(self.dtype),
                        gather(w.astype(self.dtype)), out_sharding=out)
@@ -82,22 +87,24 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table [V, D] to look token ids up in, and to score hidden states against (tied head)."""
+    """A table [V, D] to look token ids up in, or to score hidden states against (`scores`, `nll`)."""
 
     size: int
     width: int
     dtype: Any = jnp.float32
+    parameter: str = "embedding"
+    std: float = 0.02
 
     def setup(self):
-        init = nn.initializers.normal(0.02)
-        self.embedding = weight(self, "embedding", init, (self.size, self.width), ("vocab", "embed"))
+        init, shape = nn.initializers.normal(self.std), (self.size, self.width)
+        self.rows = weight(self, self.parameter, init, shape, ("vocab", "embed"))
 
     def __call__(self, ids_BT):
-        table = gather(self.embedding.astype(self.dtype))
-        return table.at[ids_BT].get(out_sharding=spec("batch", None, None))
+        return self.table().at[ids_BT].get(out_sharding=residual(ids_BT.shape[1]))
 
-    def attend(self, x_BTD):
-        return jnp.einsum("btd,vd->btv", x_BTD, gather(self.embedding.astype(self.dtype)))
+    def table(self):
+        """[V, D] in the compute dtype, whole over `fsdp`."""
+        return gather(self.rows.astype(self.dtype))
 
 
 class Norm(nn.Module):
@@ -131,14 +138,19 @@ def rope(x, positions_BT, base: float = 10_000.0):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def visible(mask: Mask, T: int, S: int, prefix_B=None, segments: tuple | None = None):
+def visible(mask: Mask, T: int, S: int, window: int | None = None, prefix_B=None, segments: tuple | None = None):
     """Which keys a query sees: bool [1 or B, T, S], or None for all.
 
-    causal: s <= t. prefix: s <= t or s < prefix_B. segments: (of queries [B, T], of keys [B, S]) must be equal.
+    causal: s <= t. window: |t - s| < window. prefix: s < prefix_B as well. segments: (of queries [B, T], of keys
+    [B, S]) must be equal.
     """
+    ahead_TS = jnp.arange(S) - jnp.arange(T)[:, None]
     seen = None
     if mask != "bidirectional":
-        seen = jnp.tril(jnp.ones((T, S), bool))[None]
+        seen = (ahead_TS <= 0)[None]
+    if window is not None:
+        near = (jnp.abs(ahead_TS) < window)[None]
+        seen = near if seen is None else seen & near
     if mask == "prefix":
         seen = seen | (jnp.arange(S) < prefix_B[:, None, None])
     if segments is not None:
@@ -147,19 +159,37 @@ def visible(mask: Mask, T: int, S: int, prefix_B=None, segments: tuple | None = 
     return seen
 
 
-def attention(q_BTGRK, k_BSGK, v_BSGK, *, mask: Mask, prefix_B=None, segments=None, bias_GRTS=None):
+def needed_pairs(mask: Mask, T: int, S: int, window: int | None) -> int:
+    """How many of the T x S pairs of query and key a mask leaves. Prefixes and segments are data, and leave all."""
+    reach = window or T + S
+    behind = sum(min(t + 1, reach) for t in range(T)) if mask == "causal" or window else T * S
+    return behind if mask == "causal" or not window else 2 * behind - T
+
+
+def attention(q_BTGRK, k_BSGK, v_BSGK, *, mask: Mask, window: int | None = None, prefix_B=None, segments=None,
+              bias_GRTS=None):
     """softmax(q k^T / sqrt(K) + bias, over visible keys) v, float32 inside; [B, T, G, R, K] in the dtype of q.
 
-    Rows that see no key do not occur: a query sees at least itself.
+    Keys and values are gathered over `context`. A fused kernel where there is one for the mesh's devices, the mask
+    and the shapes, else plain products. Rows that see no key do not occur: a query sees at least itself.
     """
     T, S = q_BTGRK.shape[1], k_BSGK.shape[1]
-    needed = (T + 1, 2 * T) if mask == "causal" else (1, 1)
+    k_BSGK, v_BSGK = (jax.sharding.reshard(x, spec("batch", None, "heads")) for x in (k_BSGK, v_BSGK))
+    needed = (needed_pairs(mask, T, S, window), T * S)
+    kernel = kernels.fused(platform(), T, S, q_BTGRK.shape[-1], q_BTGRK.dtype)
+    if bias_GRTS is None and mask != "prefix":
+        causal = mask == "causal"
+        if kernel == "splash":
+            with flops.scaled(*needed):
+                return kernels.splash(q_BTGRK, k_BSGK, v_BSGK, causal=causal, window=window, segments=segments)
+        if kernel == "cudnn" and segments is None and axis_size("sequence") == 1:
+            return kernels.cudnn(q_BTGRK, k_BSGK, v_BSGK, causal=causal, window=window)
     with flops.scaled(*needed):
         logits = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
     logits = logits / math.sqrt(q_BTGRK.shape[-1])
     if bias_GRTS is not None:
         logits = logits + bias_GRTS
-    seen = visible(mask, T, S, prefix_B, segments)
+    seen = visible(mask, T, S, window, prefix_B, segments)
     if seen is not None:
         logits = jnp.where(seen[:, None, None], logits, -1e30)
     p = jax.nn.softmax(logits, -1).astype(q_BTGRK.dtype)
@@ -175,6 +205,7 @@ class Attention(nn.Module):
     bias: bool
     qk_norm: bool
     rope: bool
+    window: int | None
     out_scale: float
     dtype: Any
 
@@ -196,7 +227,7 @@ class Attention(nn.Module):
             q, k = Norm("rms", name="q_norm")(q), Norm("rms", name="k_norm")(k)
         if self.rope:
             q, k = rope(q, positions), rope(k, positions)
-        y = attention(q, k, v, bias_GRTS=bias_GRTS, **masking)
+        y = checkpoint_name(attention(q, k, v, bias_GRTS=bias_GRTS, window=self.window, **masking), "attention")
         return Linear(width, ("heads", None, None, "embed"), n_in=3, bias=self.bias, scale=self.out_scale,
                       dtype=self.dtype, name="out")(y)
 
@@ -222,14 +253,101 @@ class Mlp(nn.Module):
                       name="down")(h)
 
 
-def residual(x, update):
+class Experts(nn.Module):
+    """A mixture of SwiGLU experts: y_t = sum of p_te MLP_e(x_t) over the top_k experts e of t (Shazeer et al. 2017).
+
+    p are the router's top_k probabilities, normed to sum to one. An expert takes at most `capacity` times its even
+    share, top_k T / n, of the tokens of a row, first choices first; the others pass it by. Which these are depends on
+    their row alone, and so not on the mesh. `shared` experts' worth of hidden units see every token (Dai et al. 2024).
+    The gradient of balance * n sum_e f_e P_e, f the shares of choices and P the mean probabilities of the global batch
+    (Fedus et al. 2022), is added to the loss's, whose value stays as it is.
+
+    Experts lie over `expert`: each device sends its rows' tokens to where their experts are, and gets them back.
+    N choices of a row (T for each of the top_k), E experts, C places of an expert.
+    """
+
+    n: int
+    top_k: int
+    hidden: int
+    capacity: float
+    shared: int
+    balance: float
+    out_scale: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        T, D = x_BTD.shape[1:]
+        E, K, N = self.n, self.top_k, self.top_k * T
+        C = min(T, math.ceil(self.capacity * N / E))
+        x_BTD = whole(x_BTD)
+        routed = Linear(E, ("embed", None), bias=False, name="router")(x_BTD)  # in float32: choices are discrete
+        p_BTE = jax.nn.softmax(routed)
+        gate_BTK, expert_BTK = jax.lax.top_k(p_BTE, K)
+        gate_BTK = gate_BTK / gate_BTK.sum(-1, keepdims=True)
+        # In the order of choice, then of time.
+        expert_BN = jnp.concatenate([expert_BTK[..., k] for k in range(K)], 1)
+        chosen_BNE = jax.nn.one_hot(expert_BN, E, dtype=jnp.int32)
+        count_BE = chosen_BNE.sum(1)
+        penalty = E * (count_BE.mean(0) / N * p_BTE.mean((0, 1))).sum()
+        x_BTD = with_penalty(x_BTD, self.balance * penalty)
+
+        # Sorted by expert, an expert's choices stand in a row, from its start on.
+        start_BE = jnp.cumsum(count_BE, 1) - count_BE
+        sorted_BN = jnp.argsort(expert_BN, 1, stable=True)
+        place_BN = jnp.argsort(sorted_BN, 1) - jnp.take_along_axis(start_BE, expert_BN, 1)
+        source_BEC = jnp.minimum(start_BE[..., None] + jnp.arange(C), N - 1)
+        token_BZ = jnp.take_along_axis(sorted_BN, source_BEC.reshape(-1, E * C), 1) % T
+        taken_BEC = jnp.arange(C) < count_BE[..., None]
+        x_BECD = jnp.take_along_axis(x_BTD, token_BZ[..., None], 1).reshape(-1, E, C, D)
+        y_BECD = self.experts(x_BECD.astype(self.dtype) * taken_BEC[..., None].astype(self.dtype), needed=(N, E * C))
+
+        from_BN = expert_BN * C + jnp.minimum(place_BN, C - 1)
+        y_BND = jnp.take_along_axis(y_BECD.reshape(-1, E * C, D), from_BN[..., None], 1)
+        gate_BN = jnp.concatenate([gate_BTK[..., k] for k in range(K)], 1) * (place_BN < C)
+        y_BND = y_BND * gate_BN[..., None].astype(self.dtype)
+        y_BTD = jax.sharding.reshard(sum(jnp.split(y_BND, K, 1)), residual(T))
+        if not self.shared:
+            return y_BTD
+        hidden = self.shared * self.hidden
+        return y_BTD + Mlp(hidden, "swiglu", False, self.out_scale, self.dtype, name="shared")(x_BTD)
+
+    def experts(self, x_BECD, needed):
+        E, D, F = self.n, x_BECD.shape[-1], self.hidden
+        w_up = weight(self, "up", fan_in(stacked=1), (E, D, 2, F), ("experts", "embed", None, "hidden"))
+        init = fan_in(scale=self.out_scale, stacked=1)
+        w_down = weight(self, "down", init, (E, F, D), ("experts", "hidden", "embed"))
+        rows, there = spec("batch"), P(("data", "fsdp"), "expert")
+        x_BECD = jax.sharding.reshard(x_BECD, there)
+        with flops.scaled(min(needed), needed[1]):
+            h = jnp.einsum("becd,edgf->becgf", x_BECD, gather(w_up.astype(self.dtype)))
+            h_BECF = nn.silu(h[..., 0, :]) * h[..., 1, :]
+            y_BECD = jnp.einsum("becf,efd->becd", h_BECF, gather(w_down.astype(self.dtype)), out_sharding=there)
+        return jax.sharding.reshard(y_BECD, rows)
+
+
+@jax.custom_vjp
+def with_penalty(x, penalty):
+    """x, whose gradient brings along that of `penalty`, as if the penalty were added to the loss."""
+    return x
+
+
+with_penalty.defvjp(lambda x, penalty: (x, None), lambda _, g: (g, jnp.float32(1)))
+
+
+def add(x, update):
     """x + update. On CPU a barrier keeps XLA from recomputing the chain of residuals in every consumer."""
     y = x + update
-    return jax.lax.optimization_barrier(y) if jax.default_backend() == "cpu" else y
+    return jax.lax.optimization_barrier(y) if platform() == "cpu" else y
+
+
+def gather_time(x_BTD):
+    """A residual stream whole over `tensor`, as products with weights take it."""
+    return jax.sharding.reshard(x_BTD, spec("batch", "sequence", None))
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: self-attention, attention onto `memory` if there is one, MLP."""
+    """A pre-norm transformer block: self-attention, attention onto `memory` if there is one, MLP or experts."""
 
     heads: int
     kv_heads: int | None = None
@@ -239,6 +357,8 @@ class Block(nn.Module):
     bias: bool = True
     qk_norm: bool = False
     rope: bool = False
+    window: int | None = None
+    experts: dict[str, Any] | None = None
     out_scale: float = 1.0
     dtype: Any = jnp.float32
 
@@ -246,20 +366,28 @@ class Block(nn.Module):
     def __call__(self, x_BTD, memory_BSD, masking):
         common = dict(heads=self.heads, kv_heads=self.kv_heads or self.heads, bias=self.bias, qk_norm=self.qk_norm,
                       out_scale=self.out_scale, dtype=self.dtype)
-        h = Norm(self.norm, name="attention_norm")(x_BTD)
-        x_BTD = residual(x_BTD, Attention(**common, rope=self.rope, name="attention")(h, **masking))
+        h = gather_time(Norm(self.norm, name="attention_norm")(x_BTD))
+        attention = Attention(**common, rope=self.rope, window=self.window, name="attention")
+        x_BTD = add(x_BTD, attention(h, **masking))
         if memory_BSD is not None:
-            h = Norm(self.norm, name="cross_norm")(x_BTD)
-            x_BTD = residual(x_BTD, Attention(**common, rope=False, name="cross")(h, memory_BSD, mask="bidirectional"))
-        h = Norm(self.norm, name="mlp_norm")(x_BTD)
-        mlp = Mlp(self.hidden or 4 * x_BTD.shape[-1], self.mlp, self.bias, self.out_scale, self.dtype, name="mlp")
-        return residual(x_BTD, mlp(h))
+            h = gather_time(Norm(self.norm, name="cross_norm")(x_BTD))
+            cross = Attention(**common, rope=False, window=None, name="cross")
+            x_BTD = add(x_BTD, cross(h, memory_BSD, mask="bidirectional"))
+        h = gather_time(Norm(self.norm, name="mlp_norm")(x_BTD))
+        hidden = self.hidden or 4 * x_BTD.shape[-1]
+        if self.experts:
+            mlp = Experts(**self.experts, hidden=hidden, out_scale=self.out_scale, dtype=self.dtype, name="experts")
+        else:
+            mlp = Mlp(hidden, self.mlp, self.bias, self.out_scale, self.dtype, name="mlp")
+        return add(x_BTD, mlp(h))
 
 
 class Stack(nn.Module):
     """`depth` blocks: scanned with stacked weights or unrolled, with a rematerialization policy.
 
-    remat: "none" keeps all activations, "dots" the products with weights, "full" only the residual stream.
+    remat: "none" keeps all activations, "dots" the products with weights, "attention" the residual stream and what
+           attention returns, "full" the residual stream alone.
+    The result is whole over `tensor`, and cut along time over `context`.
     """
 
     depth: int
@@ -279,6 +407,7 @@ class Stack(nn.Module):
         def body(block, x, memory, masking):
             return block(x, memory, masking | {"mask": mask})
 
+        x_BTD = jax.sharding.reshard(x_BTD, residual(x_BTD.shape[1]))
         options = dict(self.block) | {"out_scale": 1 / math.sqrt(2 * self.depth)}
         if self.remat != "none":
             body = nn.remat(body, prevent_cse=not self.scan, policy=POLICIES[self.remat])
@@ -288,10 +417,10 @@ class Stack(nn.Module):
 
             scanned = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth,
                               in_axes=(nn.broadcast, nn.broadcast))
-            return scanned(Block(**options, name="blocks"), x_BTD, memory_BSD, masking)[0]
+            return gather_time(scanned(Block(**options, name="blocks"), x_BTD, memory_BSD, masking)[0])
         for i in range(self.depth):
             x_BTD = body(Block(**options, name=f"block_{i}"), x_BTD, memory_BSD, masking)
-        return x_BTD
+        return gather_time(x_BTD)
 
 
 class Conv(nn.Module):
@@ -314,7 +443,7 @@ class Conv(nn.Module):
         w = weight(self, "kernel", fan_in(3, math.sqrt(2)), shape, axes)
         w, x = gather(w.astype(self.dtype)), x_BHWC.astype(self.dtype)
         rows, cols = (height + 2 * pad - k) // s + 1, (width + 2 * pad - k) // s + 1
-        if jax.default_backend() != "cpu" or min(rows, cols) >= k:
+        if platform() != "cpu" or min(rows, cols) >= k:
             layout = ("NHWC", "HWIO", "NHWC")
             return jax.lax.conv_general_dilated(x, w, (s, s), [(pad, pad)] * 2, dimension_numbers=layout)
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
@@ -355,6 +484,38 @@ class BatchNorm(nn.Module):
         if self.affine:
             y = y + weight(self, "bias", nn.initializers.zeros, shape, (None,))
         return y.astype(x.dtype)
+
+
+def scores(x_BTD, table_VD):
+    """Logits [B, T, V]: a head."""
+    return jnp.einsum("btd,vd->btv", x_BTD, table_VD)
+
+
+def nll(x_BTD, table_VD, targets_BT, chunks: int = 1):
+    """-log softmax(x table^T)[target], float32 [B, T]; of the logits, one part of `chunks` exists at a time.
+
+    Raises UserError if `chunks` does not divide T, or leaves parts that mesh.context does not divide.
+    """
+    if chunks == 1:
+        return cross_entropy(scores(x_BTD, table_VD), targets_BT)
+    B, T, D = x_BTD.shape
+    if T % (chunks * axis_size("sequence")):
+        raise UserError(f"model.loss_chunks={chunks} x mesh.context={axis_size('sequence')} does not divide {T} tokens")
+
+    def split(x):  # part i has the times i mod `chunks`, so that every part lies on all devices
+        shape, cut = (B, T // chunks, chunks, *x.shape[2:]), spec("batch", "sequence")
+        return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=cut), 2, 0)
+
+    # In float32, so that the gradients of the parts are summed in it; each part's product has the compute dtype.
+    table32_VD = table_VD.astype(jnp.float32)
+
+    @jax.checkpoint
+    def part(_, inputs):
+        x, targets = inputs
+        return None, cross_entropy(scores(x, table32_VD.astype(table_VD.dtype)), targets)
+
+    nll_CBT = jax.lax.scan(part, None, (split(x_BTD), split(targets_BT)))[1]
+    return jnp.reshape(jnp.moveaxis(nll_CBT, 0, 2), (B, T), out_sharding=spec("batch", "sequence"))
 
 
 def cross_entropy(logits, targets):

@@ -9,29 +9,41 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.config import UserError
+from sslx.topology import arrange
 
-AXES = ("data", "fsdp", "tensor")
+# Outermost first: what comes last talks most, and lies on neighbouring devices.
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
-# logical axis -> mesh axis. "batch" shards examples; the others shard weights and what they make.
+# logical axis -> mesh axis. The first three shard activations, the others weights and what they make.
 RULES: dict[str | None, Any] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
+    "sequence": "context",              # time
+    "residual": ("context", "tensor"),  # time of the residual stream, between the products of a block
     "embed": "fsdp",      # the side of a weight that faces the residual stream
     "heads": "tensor",
     "hidden": "tensor",   # of an MLP
     "vocab": "tensor",    # token ids, prototypes
+    "experts": "expert",
     None: None,
 }
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh over all devices; one axis may be -1, "the rest"."""
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1, expert: int = 1,
+              devices: list | None = None) -> Mesh:
+    """A mesh over all devices; one axis may be -1, "the rest".
+
+    data:    replicas.
+    fsdp:    replicas that share the weights (ZeRO-3).
+    tensor:  heads, hidden units, vocabulary and prototypes of one replica; the residual stream is cut along time.
+    context: time of one replica: long sequences.
+    expert:  replicas that share the experts of a mixture.
+    """
     devices = jax.devices() if devices is None else devices
-    shape = dict(data=data, fsdp=fsdp, tensor=tensor)
+    shape = dict(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
     free = [a for a, n in shape.items() if n == -1]
     known = math.prod(n for n in shape.values() if n != -1)
     for axis, n in shape.items():
@@ -45,12 +57,41 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list |
                         " (set one axis to -1 for the rest)")
     if free:
         shape[free[0]] = len(devices) // known
-    return Mesh(np.asarray(devices).reshape(tuple(shape.values())), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    return Mesh(arrange(tuple(shape.values()), devices, slices), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def spec(*logical: str | None) -> P:
     """The PartitionSpec of an array whose dimensions have these logical axes."""
     return P(*(RULES[name] for name in logical))
+
+
+def axis_size(logical: str) -> int:
+    """Over how many devices of the current mesh a logical axis is spread."""
+    mesh, axes = jax.sharding.get_abstract_mesh().shape, RULES[logical]
+    return math.prod(mesh.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def residual(T: int) -> P:
+    """The PartitionSpec of a residual stream [B, T, D]: time over `tensor` as well, where it divides.
+
+    Raises UserError if mesh.context does not divide T.
+    """
+    if T % axis_size("sequence"):
+        raise UserError(f"mesh.context={axis_size('sequence')} does not divide a sequence of {T} tokens or patches;"
+                        " choose a length that it divides, or mesh.context=1")
+    return spec("batch", "sequence" if T % axis_size("residual") else "residual", None)
+
+
+def whole(x_BTD: jax.Array) -> jax.Array:
+    """Tokens with all of time on every device of a replica, for what picks among them."""
+    return jax.sharding.reshard(x_BTD, spec("batch", None, None))
+
+
+def platform() -> str:
+    """What the devices of the current mesh are, which need not be here: "cpu", "gpu" or "tpu"."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sslx.layers import Embed, Linear, Norm, Remat, Stack, weight
+from sslx.layers import Embed, Norm, Remat, Stack, nll, scores, weight
 
 N_BUCKETS, FARTHEST = 32, 128
 
@@ -43,7 +43,7 @@ class RelativeBias(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """logits [B, T, V] of `targets` from `inputs` [B, S] and the targets before each."""
+    """-log p(target) [B, T] of `targets` from `inputs` [B, S] and the targets before each."""
 
     vocab_size: int
     width: int
@@ -54,6 +54,7 @@ class EncoderDecoder(nn.Module):
     tied: bool
     scan: bool
     remat: Remat
+    loss_chunks: int
     dtype: Any
 
     def setup(self):
@@ -65,10 +66,14 @@ class EncoderDecoder(nn.Module):
             heads = self.block["heads"]
             self.encoder_bias, self.decoder_bias = RelativeBias(heads, True), RelativeBias(heads, False)
         if not self.tied:
-            self.head = Linear(self.vocab_size, ("embed", "vocab"), bias=False, dtype=self.dtype)
+            self.head = Embed(self.vocab_size, self.width, self.dtype, parameter="kernel", std=self.width**-0.5)
 
     def __call__(self, inputs_BS, targets_BT):
-        return self.decode(self.encode(inputs_BS), targets_BT)
+        """-log p(target t | inputs, targets before t), float32 [B, T]."""
+        return nll(self.decode(self.encode(inputs_BS), targets_BT), self.head_table(), targets_BT, self.loss_chunks)
+
+    def logits(self, inputs_BS, targets_BT):
+        return scores(self.decode(self.encode(inputs_BS), targets_BT), self.head_table())
 
     def encode(self, inputs_BS, segment_ids=None):
         """Memory [B, S, D]; with `segment_ids` int [B, S], tokens see their own document only."""
@@ -79,12 +84,14 @@ class EncoderDecoder(nn.Module):
         return self.encoder_norm(self.encoder(self.tokens(inputs_BS), mask="bidirectional", **masking))
 
     def decode(self, memory_BSD, targets_BT):
-        """Logits [B, T, V]; position t sees targets before t (0 stands before the first)."""
+        """Hidden states [B, T, D]; position t sees targets before t (0 stands before the first)."""
         T = targets_BT.shape[1]
         shifted_BT = jnp.pad(targets_BT, ((0, 0), (1, 0)))[:, :-1]
         where = self.where(T, self.decoder_bias) if self.position == "relative" else self.where(T)
-        x_BTD = self.decoder_norm(self.decoder(self.tokens(shifted_BT), memory_BSD, mask="causal", **where))
-        return self.tokens.attend(x_BTD) if self.tied else self.head(x_BTD)
+        return self.decoder_norm(self.decoder(self.tokens(shifted_BT), memory_BSD, mask="causal", **where))
+
+    def head_table(self):
+        return (self.tokens if self.tied else self.head).table()
 
     def where(self, length, bias=None):
         """What tells the attention of a stack where its tokens are."""
@@ -94,7 +101,8 @@ class EncoderDecoder(nn.Module):
 def make(*, vocab_size: int, width: int, depth: int, heads: int, decoder_depth: int | None = None,
          hidden: int | None = None, norm: Literal["layer", "rms"] = "rms", mlp: Literal["gelu", "swiglu"] = "gelu",
          position: Literal["relative", "rope"] = "relative", bias: bool = False, tied: bool = True, scan: bool = True,
-         remat: Remat = "none", dtype: Literal["float32", "bfloat16"] = "bfloat16") -> EncoderDecoder:
+         remat: Remat = "none", loss_chunks: int = 1,
+         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> EncoderDecoder:
     """An encoder-decoder; `decoder_depth` is `depth` if None, the rest as in `transformer`.
 
     Relative biases belong to heads, so grouped queries are not offered here.
@@ -102,4 +110,4 @@ def make(*, vocab_size: int, width: int, depth: int, heads: int, decoder_depth: 
     block = dict(heads=heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, rope=position == "rope",
                  dtype=jnp.dtype(dtype))
     return EncoderDecoder(vocab_size, width, depth, decoder_depth or depth, block, position, tied, scan, remat,
-                          jnp.dtype(dtype))
+                          loss_chunks, jnp.dtype(dtype))

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
+from sslx import config
 from sslx.config import UserError
-from sslx.layers import Embed, Linear, Mask, Norm, Remat, Stack
+from sslx.layers import Embed, Mask, Norm, Remat, Stack, nll, scores
 
 
 class Transformer(nn.Module):
@@ -24,6 +25,7 @@ class Transformer(nn.Module):
     tied: bool
     scan: bool
     remat: Remat
+    loss_chunks: int
     dtype: Any
 
     def setup(self):
@@ -33,7 +35,7 @@ class Transformer(nn.Module):
         self.stack = Stack(self.depth, self.block, self.scan, self.remat)
         self.norm = Norm(self.block["norm"])
         if not self.tied:
-            self.head = Linear(self.vocab_size, ("embed", "vocab"), bias=False, dtype=self.dtype)
+            self.head = Embed(self.vocab_size, self.width, self.dtype, parameter="kernel", std=self.width**-0.5)
 
     def __call__(self, tokens_BT, mask: Mask, **options):
         return self.logits(self.hidden(tokens_BT, mask, **options))
@@ -58,25 +60,54 @@ class Transformer(nn.Module):
         return self.norm(self.stack(x_BTD, mask=mask, **masking))
 
     def logits(self, hidden_BTD):
-        return self.tokens.attend(hidden_BTD) if self.tied else self.head(hidden_BTD)
+        return scores(hidden_BTD, self.head_table())
+
+    def nll(self, hidden_BTD, targets_BT):
+        """-log p(target), float32 [B, T]."""
+        return nll(hidden_BTD, self.head_table(), targets_BT, self.loss_chunks)
+
+    def head_table(self):
+        return (self.tokens if self.tied else self.head).table()
 
 
 def make(*, vocab_size: int, max_length: int, width: int, depth: int, heads: int, kv_heads: int | None = None,
          hidden: int | None = None, norm: Literal["layer", "rms"] = "layer", mlp: Literal["gelu", "swiglu"] = "gelu",
          position: Literal["learned", "rope", "none"] = "learned", bias: bool = True, qk_norm: bool = False,
-         tied: bool = True, scan: bool = True, remat: Remat = "none",
+         window: int | None = None, experts: dict[str, Any] | None = None, tied: bool = True, scan: bool = True,
+         remat: Remat = "none", loss_chunks: int = 1,
          dtype: Literal["float32", "bfloat16"] = "bfloat16") -> Transformer:
     """A transformer; the defaults are GPT-2's.
 
-    max_length: positions, an upper bound of T.
-    kv_heads:   fewer than `heads` for grouped-query attention.
-    hidden:     of the MLP; 4 x width if None.
-    tied:       the head is the token embedding.
-    scan:       one compiled block for all layers.
-    remat:      what the backward pass recomputes (layers.Stack).
+    max_length:  positions, an upper bound of T.
+    kv_heads:    fewer than `heads` for grouped-query attention.
+    hidden:      of the MLP; 4 x width if None.
+    window:      tokens see no farther than this; None for all.
+    experts:     arguments of `mixture`: the MLPs become mixtures of SwiGLU experts of `hidden` units each.
+    tied:        the head is the token embedding.
+    scan:        one compiled block for all layers.
+    remat:       what the backward pass recomputes (layers.Stack).
+    loss_chunks: parts in which the loss computes the head's logits, never all at once.
     """
     if position == "rope" and (width // heads) % 2:
         raise UserError(f"rotary positions turn pairs, and model.width={width} over model.heads={heads} is odd")
+    mixed = config.call(mixture, experts, "config.model.experts") if experts else None
     block = dict(heads=heads, kv_heads=kv_heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, qk_norm=qk_norm,
-                 rope=position == "rope", dtype=jnp.dtype(dtype))
-    return Transformer(vocab_size, max_length, width, depth, block, position, tied, scan, remat, jnp.dtype(dtype))
+                 window=window, experts=mixed, rope=position == "rope", dtype=jnp.dtype(dtype))
+    return Transformer(vocab_size, max_length, width, depth, block, position, tied, scan, remat, loss_chunks,
+                       jnp.dtype(dtype))
+
+
+def mixture(*, n: int, top_k: int = 2, capacity: float = 1.25, shared: int = 0,
+            balance: float = 0.01) -> dict[str, Any]:
+    """What `layers.Experts` is made with.
+
+    n:        experts, of which a token takes `top_k`.
+    capacity: places of an expert over its even share; n / top_k drops no token.
+    shared:   experts that every token takes.
+    balance:  weight of the load-balance penalty, whose gradient alone is added.
+    """
+    if not 1 <= top_k <= n:
+        raise UserError(f"model.experts.top_k={top_k} must be from 1 to model.experts.n={n}")
+    if capacity <= 0:
+        raise UserError(f"model.experts.capacity={capacity} must be positive; 1 is an even share")
+    return dict(n=n, top_k=top_k, capacity=capacity, shared=shared, balance=balance)

@@ -12,7 +12,7 @@ import numpy as np
 
 from sslx.config import UserError
 from sslx.layers import Linear, Norm, Remat, Stack, weight
-from sslx.sharding import gather, spec
+from sslx.sharding import gather, spec, whole
 from sslx.views.image import normalize, patchify
 
 
@@ -62,7 +62,7 @@ class VisionTransformer(nn.Module):
             cls_B1D = jnp.broadcast_to(cls_D, (len(x_BND), 1, self.width), out_sharding=spec("batch"))
             x_BND = jnp.concatenate([cls_B1D, x_BND], 1)
         x_BND = Stack(self.depth, self.block, self.scan, self.remat, name="stack")(x_BND, mask="bidirectional")
-        return Norm(self.block["norm"], name="norm")(x_BND)
+        return whole(Norm(self.block["norm"], name="norm")(x_BND))
 
     def positions(self, grid):
         if self.position == "sincos":

@@ -1,25 +1,34 @@
 """Causal language modelling: predict each token from those before it (Radford et al. 2018).
 
-B batch, T time, V vocabulary.
+B batch, T time, D model, V vocabulary.
 """
 
 import jax
 import jax.numpy as jnp
 
 from sslx.data import Info
-from sslx.layers import cross_entropy
 from sslx.models.transformer import Transformer
 from sslx.objectives import Objective
 from sslx.objectives.text import check_tokens, masking, mean_pooled
+from sslx.sharding import whole
 
 
-def next_token_loss(logits_BTV, tokens_BT, segment_ids=None):
-    """Mean over t of -log p(token t + 1 | tokens <= t), nats; no prediction crosses a document boundary."""
-    nll_BT = cross_entropy(logits_BTV[:, :-1], tokens_BT[:, 1:])
-    if segment_ids is None:
-        return nll_BT.mean()
-    inside_BT = segment_ids[:, 1:] == segment_ids[:, :-1]
-    return (nll_BT * inside_BT).sum() / jnp.maximum(inside_BT.sum(), 1)
+def following(x_BT):
+    """x of the next token at each, of the first at the last."""
+    return jnp.roll(x_BT, -1, 1)
+
+
+def next_token_loss(nll_BT, segment_ids=None):
+    """Mean of nll_t = -log p(token t + 1 | tokens <= t), nats, over t < T - 1.
+
+    No prediction crosses a document boundary: both tokens have the same of `segment_ids` int [B, T].
+    """
+    B, T = nll_BT.shape
+    inside = (jnp.arange(T) < T - 1)[None]
+    if segment_ids is not None:
+        inside = inside & (following(segment_ids) == segment_ids)
+    n = inside.sum() * (B // len(inside))
+    return jnp.where(inside, nll_BT, 0).sum() / jnp.maximum(n, 1)
 
 
 def make(model: Transformer, info: Info, *, sample_length: int = 128, temperature: float = 0.8) -> Objective:
@@ -31,8 +40,9 @@ def make(model: Transformer, info: Info, *, sample_length: int = 128, temperatur
 
     def loss(params, aux, batch, key):
         tokens_BT = batch["tokens"]
-        logits_BTV = model.apply({"params": params}, tokens_BT, "causal", **masking(batch))
-        value = next_token_loss(logits_BTV, tokens_BT, batch.get("segment_ids"))
+        hidden_BTD = model.apply({"params": params}, tokens_BT, "causal", **masking(batch), method="hidden")
+        nll_BT = model.apply({"params": params}, hidden_BTD, following(tokens_BT), method="nll")
+        value = next_token_loss(nll_BT, batch.get("segment_ids"))
         return value, (aux, {"loss": value, "token_nll": value, "tokens": jnp.int32(tokens_BT.size)})
 
     def encode(params, aux, batch):
@@ -45,7 +55,7 @@ def make(model: Transformer, info: Info, *, sample_length: int = 128, temperatur
         n_prompt = length // 4
 
         def extend(t, tokens_BT):
-            hidden_BTD = model.apply({"params": params}, tokens_BT, "causal", method="hidden")
+            hidden_BTD = whole(model.apply({"params": params}, tokens_BT, "causal", method="hidden"))
             hidden_B1D = jax.lax.dynamic_slice_in_dim(hidden_BTD, t - 1, 1, 1)
             logits_BV = model.apply({"params": params}, hidden_B1D, method="logits")[:, 0].astype(jnp.float32)
             chosen_B = draw(jax.random.fold_in(key, t), logits_BV / temperature)

@@ -1,6 +1,6 @@
 """Masked language modelling: predict hidden tokens from both sides (Devlin et al. 2019).
 
-B batch, T time, K masked positions, D model, V vocabulary.
+B batch, T time, K masked positions, D model.
 """
 
 import jax
@@ -8,16 +8,16 @@ import jax.numpy as jnp
 
 from sslx.config import UserError
 from sslx.data import Info
-from sslx.layers import cross_entropy
 from sslx.models.transformer import Transformer
 from sslx.objectives import Objective
 from sslx.objectives.text import check_tokens, masking, mean_pooled, special
+from sslx.sharding import whole
 from sslx.views.tokens import bert_corrupt, mask_positions
 
 
-def masked_token_loss(logits_BKV, targets_BK, weights_BK):
-    """Mean of -log p(token) over the masked positions, nats."""
-    return (cross_entropy(logits_BKV, targets_BK) * weights_BK).sum() / jnp.maximum(weights_BK.sum(), 1)
+def masked_token_loss(nll_BK, weights_BK):
+    """Mean of nll = -log p(token) over the masked positions, nats."""
+    return (nll_BK * weights_BK).sum() / jnp.maximum(weights_BK.sum(), 1)
 
 
 def make(model: Transformer, info: Info, *, rate: float = 0.15, replace: float = 0.8, random: float = 0.1,
@@ -48,14 +48,15 @@ def make(model: Transformer, info: Info, *, rate: float = 0.15, replace: float =
         seen_BT = bert_corrupt(key_corrupt, tokens_BT, positions_BK, weights_BK, mask_id=mask_id,
                                vocab_size=n_ordinary, replace=replace, random=random)
         hidden_BTD = model.apply({"params": params}, seen_BT, "bidirectional", **masking(batch), method="hidden")
-        masked_BKD = jnp.take_along_axis(hidden_BTD, positions_BK[..., None], 1)
-        logits_BKV = model.apply({"params": params}, masked_BKD, method="logits")
-        value = masked_token_loss(logits_BKV, jnp.take_along_axis(tokens_BT, positions_BK, 1), weights_BK)
+        masked_BKD = jnp.take_along_axis(whole(hidden_BTD), positions_BK[..., None], 1)
+        masked_BK = jnp.take_along_axis(tokens_BT, positions_BK, 1)
+        value = masked_token_loss(model.apply({"params": params}, masked_BKD, masked_BK, method="nll"), weights_BK)
         n_tokens = jnp.int32(tokens_BT.size) if text_BT is None else text_BT.sum(dtype=jnp.int32)
         return value, (aux, {"loss": value, "tokens": n_tokens})
 
     def encode(params, aux, batch):
-        hidden_BTD = model.apply({"params": params}, batch["tokens"], "bidirectional", **masking(batch), method="hidden")
+        hidden_BTD = model.apply({"params": params}, batch["tokens"], "bidirectional", **masking(batch),
+                                 method="hidden")
         return mean_pooled(hidden_BTD, batch)
 
     return Objective(init, loss, encode)

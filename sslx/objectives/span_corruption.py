@@ -1,22 +1,16 @@
 """Span corruption: an encoder reads text with spans cut out, a decoder writes the spans (Raffel et al. 2020).
 
-B batch, S inputs, T targets, V vocabulary.
+B batch, S inputs, T targets.
 """
 
 import jax.numpy as jnp
 
 from sslx.config import UserError
 from sslx.data import Info
-from sslx.layers import cross_entropy
 from sslx.models.encdec import EncoderDecoder
 from sslx.objectives import Objective
 from sslx.objectives.text import check_tokens, mean_pooled, special
 from sslx.views.tokens import span_corrupt, span_lengths
-
-
-def target_loss(logits_BTV, targets_BT):
-    """Mean of -log p(target t | inputs, targets before t), nats."""
-    return cross_entropy(logits_BTV, targets_BT).mean()
 
 
 def make(model: EncoderDecoder, info: Info, *, rate: float = 0.15, mean_span: float = 3.0) -> Objective:
@@ -38,7 +32,7 @@ def make(model: EncoderDecoder, info: Info, *, rate: float = 0.15, mean_span: fl
     def loss(params, aux, batch, key):
         tokens_BT = batch["tokens"]
         inputs_BS, targets_BT = span_corrupt(key, tokens_BT, **corruption)
-        value = target_loss(model.apply({"params": params}, inputs_BS, targets_BT), targets_BT)
+        value = model.apply({"params": params}, inputs_BS, targets_BT).mean()  # -log p(target), nats
         return value, (aux, {"loss": value, "tokens": jnp.int32(tokens_BT.size)})
 
     def encode(params, aux, batch):

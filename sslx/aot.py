@@ -1,0 +1,167 @@
+"""python -m sslx.aot --config configs/X.py[:arg] --topology v5p:4x4x4 [--config.a.b=value] [--overlap] [--json F]
+
+Compiles the train step of a config with the real TPU compiler for a slice that is not here, and reports whether it
+fits, what fills the memory, every collective, and how fast a step can be: between all communication hidden and all
+exposed. Nothing is run. Rows have the shape of config.data.synthetic if the config has it, else of data.train.
+
+--overlap    compile with the options that let communication run beside computation (sslx/topology.py).
+--no-hiding  the control: the scheduler that hides latencies is off.
+"""
+
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from sslx import experiment, flops, hlo, state, train
+from sslx.data import pipeline
+from sslx.experiment import Experiment
+from sslx.sharding import RULES, batch_sharding
+from sslx.state import TrainState
+from sslx.topology import Topology
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+NO_HIDING = {"xla_tpu_enable_latency_hiding_scheduler": False}
+
+
+class Step(NamedTuple):
+    """A train step for devices that are not here: what it is made of, and the arguments to trace it with."""
+
+    built: Experiment
+    current: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def step_of(conf: ml_collections.ConfigDict, devices: list[Any]) -> Step:
+    """The step of `conf` on `devices`, without data and evaluations. The mesh must be set where it is traced."""
+    conf = conf.copy_and_resolve_references()
+    if conf.data.get("synthetic"):
+        conf.data.train = dict(conf.data.synthetic, name="synthetic")
+    conf.evals = {}
+    built = experiment.build(conf, devices)
+    row = pipeline.stream(built.source, seed=built.run.seed).rows(np.zeros(1, int))
+    batch = {name: jax.ShapeDtypeStruct((built.data.batch_size, *x.shape[1:]), pipeline.narrow(x).dtype,
+                                        sharding=batch_sharding(built.mesh))
+             for name, x in row.items() if name not in ("index", "skipped", "label")}
+    with jax.set_mesh(built.mesh):
+        born = jax.jit(lambda batch: state.create(built.objective, built.optimizer.tx, built.run.seed, batch))
+        return Step(built, train.abstract(born, batch, built.mesh), batch)
+
+
+def report(conf: ml_collections.ConfigDict, topology: Topology, options: dict[str, Any]) -> dict[str, Any]:
+    """What the compiler makes of the step of `conf` on `topology`: the JSON of the command.
+
+    Bytes, FLOPs and seconds are those of one device and one step.
+    """
+    step = step_of(conf, topology.devices)
+    built, generation = step.built, topology.generation
+    began = time.monotonic()
+    with jax.set_mesh(built.mesh):
+        counted = train.count_flops(built.objective, step.current, step.batch)
+        held = held_bytes(step)
+        fn = train.train_step(built.objective, built.optimizer.tx, built.run.seed, built.run.accumulate)
+        lowered = fn.trace(step.current, step.batch).lower(lowering_platforms=("tpu",))
+        kernels = flops.kernels(fn, step.current, step.batch)
+        found = dict(topology=topology.name, devices=built.mesh.size, mesh=dict(built.mesh.shape),
+                     hbm_limit_bytes=generation.hbm_bytes, flops_model_per_device=counted.model_total / built.mesh.size,
+                     flops_hw_per_device=counted.hw_total / built.mesh.size)
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            used = out_of_memory(error)
+            return dict(fits=False, **found, hbm_peak_bytes=used, memory=held, compile_s=time.monotonic() - began)
+    compile_s = time.monotonic() - began
+    memory = compiled.memory_analysis()
+    peak = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
+    program = hlo.analyze(compiled.as_text(), built.mesh, generation, kernels)
+    schedule = program.schedule
+    at_peak = generation.peak_flops
+    hidden = max(schedule.compute_s, schedule.ici_s, schedule.dcn_s)
+    exposed = schedule.compute_s + schedule.ici_s + schedule.dcn_s
+    model = found["flops_model_per_device"]
+    return dict(
+        fits=peak <= generation.hbm_bytes, **found, hbm_peak_bytes=peak,
+        memory=held | dict(temporaries=memory.temp_size_in_bytes, code=memory.generated_code_size_in_bytes),
+        flops_per_device=program.flops, hbm_bytes=program.hbm_bytes,
+        collectives=[c._asdict() for c in program.collectives],
+        wire_bytes=sum(c.wire_bytes for c in program.collectives),
+        matmul_s=program.flops / at_peak, compute_s=schedule.compute_s, ici_s=schedule.ici_s, dcn_s=schedule.dcn_s,
+        mfu_if_hidden=model / at_peak / hidden, mfu_if_exposed=model / at_peak / exposed,
+        async_share=schedule.async_share, hidden_share=schedule.hidden_share, step_s=schedule.step_s,
+        unknown_trips=list(program.unknown_trips), unknown_kernels=list(program.unknown_kernels), compile_s=compile_s)
+
+
+def held_bytes(step: Step) -> dict[str, int]:
+    """Bytes of a device by what they hold.
+
+    `activations` are what the forward pass keeps for the backward pass, before the compiler reuses buffers; they are
+    a part of the `temporaries`.
+    """
+    current, objective = step.current, step.built.objective
+
+    def kept(params, aux, batch):
+        return jax.vjp(lambda p: objective.loss(p, aux, batch, jax.random.key(0))[0], params)[1]
+
+    residuals = jax.eval_shape(kept, current.params, current.aux, step.batch)
+    micro = step.built.run.accumulate
+    return dict(parameters=local_bytes(current.params), optimizer=local_bytes(current.opt_state),
+                aux=local_bytes(current.aux), batch=local_bytes(step.batch),
+                activations=local_bytes([x for x in jax.tree.leaves(residuals) if of_rows(x)]) // micro)
+
+
+def of_rows(x: jax.ShapeDtypeStruct) -> bool:
+    """Whether an array is cut along the batch: an activation."""
+    return x.sharding is not None and any(axes == RULES["batch"] for axes in x.sharding.spec)
+
+
+def local_bytes(tree: Any) -> int:
+    """Bytes of a device's part of all arrays."""
+    def local(x):
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * np.dtype(x.dtype).itemsize if not jax.dtypes.issubdtype(
+            x.dtype, jax.dtypes.extended) else 8 * math.prod(shape)
+
+    return sum(local(x) for x in jax.tree.leaves(tree))
+
+
+def out_of_memory(error: Exception) -> int:
+    """The bytes that the compiler says a device would need; other errors are raised again."""
+    found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", str(error))
+    if not found:
+        raise error
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def table(found: dict[str, Any]) -> str:
+    """The report for people."""
+    gib = lambda n: f"{n / 2**30:.2f} GiB"  # noqa: E731
+    mesh = " ".join(f"{axis}={n}" for axis, n in found["mesh"].items() if n > 1) or "one device"
+    verdict = "fits" if found["fits"] else "DOES NOT FIT"
+    lines = [f"{found['topology']}, {found['devices']} devices, mesh {mesh}: {verdict},"
+             f" {gib(found['hbm_peak_bytes'])} of {gib(found['hbm_limit_bytes'])} a device",
+             "  of these " + ", ".join(f"{name} {gib(n)}" for name, n in found["memory"].items() if n)]
+    if not found["fits"]:
+        over = found["hbm_peak_bytes"] - found["hbm_limit_bytes"]
+        return "\n".join([*lines, f"  {gib(over)} too much"])
+    lines += [f"  {found['flops_per_device']:.4g} FLOPs compiled, {found['flops_hw_per_device']:.4g} counted with and"
+              f" {found['flops_model_per_device']:.4g} without recomputation",
+              f"  {'collective':<20}{'axes':<20}{'count':>7}{'on the wire':>14}  beside computation"]
+    lines += [f"  {c['kind']:<20}{'+'.join(c['axes']):<20}{c['count']:>7}{gib(c['wire_bytes']):>14}  "
+              + ("yes" if c["is_async"] else "no") + (f" ({c['network']})" if c["network"] != "ici" else "")
+              for c in sorted(found["collectives"], key=lambda c: -c["wire_bytes"])]
+    lines += [f"  a step: {found['compute_s'] * 1e3:.1f} ms of computation ({found['matmul_s'] * 1e3:.1f} at peak),"
+              f" {found['ici_s'] * 1e3:.1f} ms of links, {found['dcn_s'] * 1e3:.1f} ms between slices",
+              f"  MFU from {found['mfu_if_exposed']:.1%} (all communication exposed) to"
+              f" {found['mfu_if_hidden']:.1%} (all hidden)",
+              f"  as scheduled {found['step_s'] * 1e3:.1f} ms: {found['async_share']:.1%} of the bytes asynchronous,"
+              f" {found['hidden_share']:.1%} of the link time hidden",
+              f"  compiled in {found['compile_s']:.0f} s; never run"]
+    for name in ("unknown_trips", "unknown_kernels"):
+        if found[name]:
+            lines.append(f"  {name.replace('_', ' ')}: {', '.join(found[name])}")
+    return "\n".join(lines)

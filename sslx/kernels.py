@@ -1,0 +1,71 @@
+"""Fused attention: kernels that never hold the T x S products. `layers.attention` takes the one that fits.
+
+B batch, T S time of queries and keys, G key-value heads, R query heads per key-value head, K head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from sslx.sharding import spec
+
+LANES = 128                 # of a TPU vector register: what splash's blocks are multiples of
+BLOCKS = (1024, 512, 256, LANES)  # large blocks amortize the rescaling of partial sums
+
+
+def fused(platform: str, T: int, S: int, K: int, dtype) -> str | None:
+    """The kernel for these shapes: "splash" on TPU, "cudnn" on GPU, None where there is none.
+
+    Short sequences are faster in plain products, which XLA fuses with their neighbours.
+    """
+    if platform == "tpu" and T % LANES == S % LANES == K % LANES == 0 and S >= 1024:
+        return "splash"
+    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and K % 8 == 0 and K <= 128 and S >= 256:
+        return "cudnn"
+    return None
+
+
+def splash(q_BTGRK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments) -> jax.Array:
+    """JAX's splash attention for TPU, which skips blocks that the mask hides; heads over `tensor`, T over `context`."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    B, T, G, R, K = q_BTGRK.shape
+    S, mesh = k_BSGK.shape[1], jax.sharding.get_abstract_mesh()
+    if window is not None:
+        mask = masks.LocalMask((T, S), (window - 1, 0 if causal else window - 1), offset=0)
+    else:
+        mask = masks.CausalMask((T, S)) if causal else masks.FullMask((T, S))
+    q_block = next(b for b in BLOCKS if T // mesh.shape["context"] % b == 0)
+    kv_block = next(b for b in BLOCKS if S % b == 0)
+    sizes = kernel.BlockSizes(q_block, kv_block, block_q_dkv=q_block, block_kv_dkv=kv_block, use_fused_bwd_kernel=True)
+    attend = kernel.make_splash_mha(masks.MultiHeadMask([mask] * (G * R)), block_sizes=sizes,
+                                    head_shards=mesh.shape["tensor"], q_seq_shards=mesh.shape["context"])
+    heads, keys = spec("batch", "heads", "sequence"), spec("batch", "heads")
+
+    ids = segments and (spec("batch", "sequence"), spec("batch"))
+
+    def local(attend, q_BHTK, k_BGSK, v_BGSK, segments):
+        return jax.vmap(attend)(q_BHTK, k_BGSK, v_BGSK, segments and kernel.SegmentIds(*segments))
+
+    # Each device holds the rows of the mask that it computes.
+    shards = attend.manual_sharding_spec(NamedSharding(mesh, spec("heads", "sequence")))
+    attend = jax.tree.map(jax.sharding.reshard, attend, shards)
+    over_mesh = jax.shard_map(local, in_specs=(shards, heads, keys, keys, ids), out_specs=heads, check_vma=False)
+    q_BHTK = (q_BTGRK * K**-0.5).reshape(B, T, G * R, K).swapaxes(1, 2)
+    y_BHTK = over_mesh(attend, q_BHTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), segments)
+    return y_BHTK.swapaxes(1, 2).reshape(q_BTGRK.shape)
+
+
+def cudnn(q_BTGRK, k_BSGK, v_BSGK, *, causal: bool, window: int | None) -> jax.Array:
+    """cuDNN's flash attention; heads over `tensor`."""
+    B, T, G, R, K = q_BTGRK.shape
+    sides = None if window is None else (window - 1, 0 if causal else window - 1)
+
+    def local(q_BTHK, k_BSGK, v_BSGK):
+        return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, is_causal=causal, local_window_size=sides,
+                                            implementation="cudnn")
+
+    heads = spec("batch", None, "heads")
+    over_mesh = jax.shard_map(local, in_specs=(heads,) * 3, out_specs=heads, check_vma=False)
+    return over_mesh(q_BTGRK.reshape(B, T, G * R, K), k_BSGK, v_BSGK).reshape(q_BTGRK.shape)
