@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from sslx import distributed
 from sslx.config import UserError
 from sslx.state import TrainState
 
@@ -81,22 +82,25 @@ def no_space(error: Exception) -> bool:
 def claim(workdir: pathlib.Path, config: dict[str, Any], fingerprint: str) -> None:
     """Binds a new workdir to its config and data, or checks that an old one belongs to them.
 
-    Raises UserError with the differences if it holds a run of another config or of other data.
+    Process 0 binds it; the others find it bound, and so are told if their config or their folder is another. Raises
+    UserError with the differences if it holds a run of another config or of other data.
     """
     path = workdir / "config.json"
     mine = flat(config) | {"data fingerprint": fingerprint}
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = {k: (theirs.get(k), mine.get(k)) for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k)}
-        changed = {k: v for k, v in changed.items() if not any(k == f or k.startswith(f + ".") for f in FREE)}
-        if changed:
-            lines = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
-            raise UserError(f"{workdir} holds a run of another config ({lines}). Use another --workdir, or the config"
-                            f" of that run ({path})")
-        return
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and not path.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(mine, indent=2))
+    distributed.barrier("the workdir is bound")
+    if not path.exists():
+        raise UserError(f"process 0 has just written {path}, and here it does not exist: --workdir takes a folder that"
+                        " all processes share, such as one on NFS or a mounted bucket")
+    theirs = json.loads(path.read_text())
+    changed = {k: (theirs.get(k), mine.get(k)) for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k)}
+    changed = {k: v for k, v in changed.items() if not any(k == f or k.startswith(f + ".") for f in FREE)}
+    if changed:
+        lines = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
+        raise UserError(f"{workdir} holds a run of another config ({lines}). Use another --workdir, or the config"
+                        f" of that run ({path})")
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,10 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+
+from sslx import distributed
+
 
 class Speed(NamedTuple):
     steps_per_s: float
@@ -42,12 +46,19 @@ class Clock:
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM ask the loop to save and stop; a second one stops at once."""
+    """Ctrl-C and SIGTERM ask the loop to save and stop; a second one stops at once.
 
-    def __init__(self) -> None:
-        self.asked = False
+    Of several processes the signal to one stops all after the same step: Ctrl-C is handed on as SIGTERM, on which
+    `distributed` lets them agree. `step` is the one the loop starts from.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.asked, self.alone = False, jax.process_count() == 1
+        if not self.alone:
+            distributed.share_notices(step)
         try:
-            self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
+            numbers = (signal.SIGINT, signal.SIGTERM) if self.alone else (signal.SIGINT,)
+            self.before = {s: signal.signal(s, self.ask) for s in numbers}
         except ValueError:  # not the main thread: whoever owns the signals decides
             self.before = {}
 
@@ -55,6 +66,12 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        if not self.alone:
+            signal.raise_signal(signal.SIGTERM)
+
+    def stops_after(self, step: int) -> bool:
+        """Whether to stop after this step; asked at every step."""
+        return self.asked if self.alone else distributed.stops_after(step)
 
     def restore(self) -> None:
         """Gives the signals back."""

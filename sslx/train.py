@@ -13,13 +13,13 @@ import ml_collections
 import numpy as np
 import optax
 
-from sslx import checkpoint, experiment, flops, log, report, state
+from sslx import checkpoint, distributed, experiment, flops, log, report, state
 from sslx.clock import Clock, Interrupt
 from sslx.config import UserError
 from sslx.data import pipeline
 from sslx.experiment import Experiment, build
 from sslx.objectives import Batch, Objective
-from sslx.sharding import batch_sharding, batch_shards, spec
+from sslx.sharding import batch_sharding, batch_shards, replicate, spec
 from sslx.state import TrainState
 
 N_SHOWN = 8  # examples in the pictures of the report
@@ -95,7 +95,8 @@ def gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array, ac
 def count_flops(objective: Objective, current: TrainState, batch: Batch) -> flops.Flops:
     """FLOPs of one step: forward and backward of all networks on the global batch."""
     grad_of = jax.value_and_grad(objective.loss, has_aux=True)
-    return flops.count(grad_of, current.params, current.aux, batch, jax.random.key(0))
+    key = jax.eval_shape(lambda: jax.random.key(0))  # nothing is computed: the devices may not be here
+    return flops.count(grad_of, current.params, current.aux, batch, key)
 
 
 def loop(built: Experiment, workdir: pathlib.Path) -> bool:
@@ -103,8 +104,8 @@ def loop(built: Experiment, workdir: pathlib.Path) -> bool:
     conf, options, data, mesh, source, objective, optimizer, evaluation = built
     stream = pipeline.stream(source, seed=options.seed, shuffle=data.shuffle, on_bad=data.on_bad)
 
-    def batches(first: int, last: int) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        found = pipeline.batches(stream, batch_size=data.batch_size, sharding=batch_sharding(mesh), first_step=first,
+    def batches(first: int, last: int, rows: int = data.batch_size) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        found = pipeline.batches(stream, batch_size=rows, sharding=batch_sharding(mesh), first_step=first,
                                  last_step=last, workers=data.workers)
         return (({name: x for name, x in batch.items() if name != "label"}, host) for batch, host in found)
 
@@ -129,17 +130,18 @@ def loop(built: Experiment, workdir: pathlib.Path) -> bool:
     step_fn = train_step(objective, optimizer.tx, options.seed, options.accumulate)
     show = objective.show and jax.jit(objective.show)
     n_shown = batch_shards(mesh) * math.ceil(N_SHOWN / batch_shards(mesh))
-    shown_batch = jax.tree.map(lambda x: jax.device_put(np.asarray(x)[:n_shown], batch_sharding(mesh)), example)
-    clock, interrupted = Clock(logger.wall_s), Interrupt()
+    shown_batch = next(batches(0, 1, n_shown))[0]
+    clock, interrupted = Clock(logger.wall_s), Interrupt(start)
     tokens_seen = state.exact(np.asarray(current.tokens))
-    bad_records = 0 if resumed is None else checkpoints.bad_records(resumed)
+    # Each process counts the bad records of its rows, process 0 on top of those before the resume.
+    bad_records = 0 if resumed is None or jax.process_index() else checkpoints.bad_records(resumed)
 
-    def point(step: int, split: str, metrics: dict[str, float], **fields: Any) -> None:
+    def point(step: int, split: str, metrics: dict[str, float], bad_records: int, **fields: Any) -> None:
         spent, examples = step * counted.model_total, step * data.batch_size
         logger.point(step=step, examples=examples, tokens_seen=tokens_seen, flops_model=spent,
                      flops_hw=step * counted.hw_total, tokens_per_flop=tokens_seen / spent if spent else None,
                      epochs=examples / len(source.examples), phase=optimizer.phase(step), split=split, metrics=metrics,
-                     bad_records=bad_records, wall_s=clock.wall(), **fields)
+                     bad_records=distributed.total(bad_records), wall_s=clock.wall(), **fields)
 
     def evaluate(step: int) -> None:
         cpu_s, suffix = clock.cpu(), "" if step else "@random_init"
@@ -148,10 +150,12 @@ def loop(built: Experiment, workdir: pathlib.Path) -> bool:
             metrics |= evaluation.baseline_raw()
         if show:
             pictures = show(current.params, current.aux, shown_batch, jax.random.key(options.seed))
-            report.save_samples(workdir, step, jax.device_get(pictures), source.info.decode)
-        point(step, "eval", metrics, cpu_s=cpu_s)
+            pictures = jax.tree.map(replicate, pictures)  # of several processes each has a part
+            if logger.show:
+                report.save_samples(workdir, step, jax.device_get(pictures), source.info.decode)
+        point(step, "eval", metrics, bad_records, cpu_s=cpu_s)
 
-    def read(step: int, metrics: dict[str, jax.Array]) -> None:
+    def read(step: int, metrics: dict[str, jax.Array], bad_records: int) -> None:
         """Looks at the metrics of a step, normally when the next one is already on the device."""
         nonlocal tokens_seen
         values = jax.device_get(metrics)
@@ -162,7 +166,7 @@ def loop(built: Experiment, workdir: pathlib.Path) -> bool:
         mfu = speed.steps_per_s * counted.model_total / (peak * mesh.size) if peak else None
         logger.progress(step, loss=numbers["loss"], tokens_per_s=speed.tokens_per_s, mfu=mfu)
         if step % options.log_every == 0 or step == options.steps:
-            point(step, "train", numbers, lr=float(optimizer.learning_rate(step - 1)), cpu_s=clock.cpu(),
+            point(step, "train", numbers, bad_records, lr=float(optimizer.learning_rate(step - 1)), cpu_s=clock.cpu(),
                   tokens_per_s=speed.tokens_per_s, mfu=mfu)
 
     pending, step = None, start
@@ -172,12 +176,12 @@ def loop(built: Experiment, workdir: pathlib.Path) -> bool:
         if start == 0:
             clock.pause(lambda: evaluate(0))
         for step, (batch, host) in enumerate(batches(start, options.steps), start + 1):
-            current, metrics = step_fn(current, batch)
+            current, metrics = distributed.settle(step_fn(current, batch))
             bad_records += host["skipped"]
             if pending:
                 read(*pending)
-            pending = step, metrics
-            stop = interrupted.asked or step == options.steps
+            pending = step, metrics, bad_records
+            stop = interrupted.stops_after(step) or step == options.steps
             save = stop or step % options.save_every == 0
             judge = step == options.steps or step % options.eval_every == 0
             if save or judge:  # only when the metrics of the very step are known to be sound
@@ -186,7 +190,7 @@ def loop(built: Experiment, workdir: pathlib.Path) -> bool:
             if judge:  # before saving: a checkpoint says that the log is complete up to its step
                 clock.pause(functools.partial(evaluate, step))
             if save:
-                clock.pause(functools.partial(checkpoints.save, current, bad_records))
+                clock.pause(functools.partial(checkpoints.save, current, distributed.total(bad_records)))
             if stop:
                 break
     finish(workdir, logger, step, options.steps)

@@ -3,16 +3,18 @@
 import os
 import pathlib
 import resource
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 
 
-def start(cache: pathlib.Path, *flags: object, devices: int = 1, file_bytes: int | None = None) -> subprocess.Popen:
+def start(cache: pathlib.Path, *flags: object, devices: int = 1, file_bytes: int | None = None,
+          variables: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Starts the command on `devices` simulated devices, compiled programs being kept in `cache`.
 
     file_bytes: no file may grow beyond it, which to the writer looks like a full disk.
@@ -21,7 +23,7 @@ def start(cache: pathlib.Path, *flags: object, devices: int = 1, file_bytes: int
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
-    }
+    } | dict(variables or {})
 
     def limit():
         if file_bytes is not None:
@@ -29,6 +31,19 @@ def start(cache: pathlib.Path, *flags: object, devices: int = 1, file_bytes: int
 
     return subprocess.Popen([sys.executable, "-m", "sslx.main", *map(str, flags)], cwd=ROOT, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=limit)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start_all(cache: pathlib.Path, n: int, *flags: object, devices: int = 2) -> list[subprocess.Popen]:
+    """Starts the `n` processes of one run, with `devices` simulated devices each."""
+    port = free_port()
+    return [start(cache, *flags, f"--coordinator=127.0.0.1:{port}", f"--processes={n}", f"--process={i}",
+                  devices=devices) for i in range(n)]
 
 
 def end(process: subprocess.Popen) -> tuple[int, str, str]:

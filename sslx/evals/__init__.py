@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sslx import config
+from sslx import config, distributed
 from sslx.config import UserError
 from sslx.data import Source, pipeline
 from sslx.objectives import Aux, Objective, Params
@@ -117,7 +117,7 @@ def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source]
 
         def metrics(batch, number):
             with jax.set_mesh(mesh):
-                return loss(params, aux, on_mesh(batch), number)
+                return distributed.settle(loss(params, aux, on_mesh(batch), number))
 
         return run(Subject(encoded, metrics, splits, batch_size, on_bad))
 
