@@ -1,28 +1,37 @@
-"""python -m sslx.aot --config configs/X.py[:arg] --topology v5p:4x4x4 [--config.a.b=value] [--overlap] [--json F]
+"""python -m sslx.aot --config configs/X.py[:arg] --topology v5p:4x4x4 [--config.a.b=value]
+                   [--overlap] [--control] [--search] [--json F]
 
 Compiles the train step of a config with the real TPU compiler for a slice that is not here, and reports whether it
 fits, what fills the memory, every collective, and how fast a step can be: between all communication hidden and all
 exposed. Nothing is run. Rows have the shape of config.data.synthetic if the config has it, else of data.train.
 
---overlap    compile with the options that let communication run beside computation (sslx/topology.py).
---no-hiding  the control: the scheduler that hides latencies is off.
+--overlap  compiles with the options that let communication run beside computation (sslx/topology.py).
+--control  compiles with the scheduler that hides latencies off: nothing may be hidden then.
+--search   tries meshes, rematerialization policies and batch sizes, and ranks those that fit.
 """
 
+import json
 import math
+import os
+import pathlib
 import re
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 
-from sslx import experiment, flops, hlo, state, train
+from sslx import command, experiment, flops, hlo, state, train
+from sslx.command import Flag
+from sslx.config import UserError
 from sslx.data import pipeline
 from sslx.experiment import Experiment
 from sslx.sharding import RULES, batch_sharding
 from sslx.state import TrainState
-from sslx.topology import Topology
+from sslx.topology import Topology, topology
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 NO_HIDING = {"xla_tpu_enable_latency_hiding_scheduler": False}
@@ -33,18 +42,19 @@ class Step(NamedTuple):
 
     built: Experiment
     current: TrainState
-    batch: dict[str, jax.ShapeDtypeStruct]
+    batch: dict[str, Any]
 
 
 def step_of(conf: ml_collections.ConfigDict, devices: list[Any]) -> Step:
     """The step of `conf` on `devices`, without data and evaluations. The mesh must be set where it is traced."""
     conf = conf.copy_and_resolve_references()
-    if conf.data.get("synthetic"):
-        conf.data.train = dict(conf.data.synthetic, name="synthetic")
-    conf.evals = {}
+    with conf.unlocked():
+        if conf.data.get("synthetic"):
+            conf.data.train = dict(conf.data.synthetic, name="synthetic")
+        conf.evals = {}
     built = experiment.build(conf, devices)
     row = pipeline.stream(built.source, seed=built.run.seed).rows(np.zeros(1, int))
-    batch = {name: jax.ShapeDtypeStruct((built.data.batch_size, *x.shape[1:]), pipeline.narrow(x).dtype,
+    batch: dict[str, Any] = {name: jax.ShapeDtypeStruct((built.data.batch_size, *x.shape[1:]), pipeline.narrow(x).dtype,
                                         sharding=batch_sharding(built.mesh))
              for name, x in row.items() if name not in ("index", "skipped", "label")}
     with jax.set_mesh(built.mesh):
@@ -52,23 +62,25 @@ def step_of(conf: ml_collections.ConfigDict, devices: list[Any]) -> Step:
         return Step(built, train.abstract(born, batch, built.mesh), batch)
 
 
-def report(conf: ml_collections.ConfigDict, topology: Topology, options: dict[str, Any]) -> dict[str, Any]:
-    """What the compiler makes of the step of `conf` on `topology`: the JSON of the command.
+def report(conf: ml_collections.ConfigDict, target: Topology, options: dict[str, Any]) -> dict[str, Any]:
+    """What the compiler makes of the step of `conf` on `target`: the JSON of the command.
 
     Bytes, FLOPs and seconds are those of one device and one step.
     """
-    step = step_of(conf, topology.devices)
-    built, generation = step.built, topology.generation
+    step = step_of(conf, target.devices)
+    built, generation = step.built, target.generation
     began = time.monotonic()
     with jax.set_mesh(built.mesh):
         counted = train.count_flops(built.objective, step.current, step.batch)
         held = held_bytes(step)
-        fn = train.train_step(built.objective, built.optimizer.tx, built.run.seed, built.run.accumulate)
+        fn: Any = train.train_step(built.objective, built.optimizer.tx, built.run.seed, built.run.accumulate)
         lowered = fn.trace(step.current, step.batch).lower(lowering_platforms=("tpu",))
         kernels = flops.kernels(fn, step.current, step.batch)
-        found = dict(topology=topology.name, devices=built.mesh.size, mesh=dict(built.mesh.shape),
-                     hbm_limit_bytes=generation.hbm_bytes, flops_model_per_device=counted.model_total / built.mesh.size,
-                     flops_hw_per_device=counted.hw_total / built.mesh.size)
+        found: dict[str, Any] = dict(
+            topology=target.name, devices=built.mesh.size, mesh=dict(built.mesh.shape),
+            batch_size=built.data.batch_size, hbm_limit_bytes=generation.hbm_bytes, peak_flops=generation.peak_flops,
+            flops_model_per_device=counted.model_total / built.mesh.size,
+            flops_hw_per_device=counted.hw_total / built.mesh.size)
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
@@ -137,6 +149,95 @@ def out_of_memory(error: Exception) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+def changed(conf: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The config with some fields, such as "model.remat", set."""
+    conf = conf.copy_and_resolve_references()
+    for name, value in changes.items():
+        section, field = name.split(".")
+        with conf.unlocked():
+            conf[section][field] = value
+    return conf
+
+
+def flags_of(changes: dict[str, Any]) -> str:
+    """What to put on the command line for these changes."""
+    return " ".join(f"--config.{name}={value}" for name, value in changes.items())
+
+
+def remedies(conf: ml_collections.ConfigDict, target: Topology, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The three changes of a config that need the least memory, each compiled."""
+    model, mesh = conf.model, conf.mesh
+    batch, accumulate = conf.data.batch_size, conf.run.get("accumulate", 1)
+    tries: list[dict[str, Any]] = [{"data.batch_size": batch // 2}, {"run.accumulate": 2 * accumulate},
+                                   {"optim.moments": "bfloat16"}]
+    if mesh.get("fsdp", 1) == 1:
+        tries.append({"mesh.data": 1, "mesh.fsdp": -1})
+    if "remat" in model and model.remat != "full":
+        tries.append({"model.remat": "full"})
+    if conf.objective.name in ("causal_lm", "span_corruption"):
+        tries.append({"model.loss_chunks": 4 * model.get("loss_chunks", 1)})
+    if "heads" in model:
+        tries.append({"mesh.tensor": 2 * mesh.get("tensor", 1)})
+    found = []
+    for changes in tries:
+        try:
+            result = report(changed(conf, changes), target, options)
+        except UserError:
+            continue  # a mesh or a batch that cannot be
+        found.append(dict(change=flags_of(changes), **{k: result[k] for k in ("fits", "hbm_peak_bytes")}))
+    return sorted(found, key=lambda r: r["hbm_peak_bytes"])[:3]
+
+
+def candidates(conf: ml_collections.ConfigDict, devices: int) -> Iterator[dict[str, Any]]:
+    """Changes of mesh, rematerialization and batch: what recomputes and communicates least comes first."""
+    remats = ("none", "dots", "attention", "full") if "remat" in conf.model else (None,)
+    widest = min(devices, conf.model.get("kv_heads") or conf.model.get("heads", 1))
+    for remat in remats:
+        for times in (1, 2, 4):
+            for tensor in (2**i for i in range(widest.bit_length())):
+                yield {"mesh.data": 1, "mesh.fsdp": -1, "mesh.tensor": tensor,
+                       "data.batch_size": times * conf.data.batch_size} | ({"model.remat": remat} if remat else {})
+
+
+def search(conf: ml_collections.ConfigDict, target: Topology, options: dict[str, Any],
+           limit: int = 8) -> list[dict[str, Any]]:
+    """Reports of the first `limit` candidates that may fit, best rows per second first, each with its `change`.
+
+    Compiled is only what a slice can carry and whose weights, optimizer and activations fit by themselves.
+    """
+    found: list[dict[str, Any]] = []
+    for changes in candidates(conf, len(target.devices)):
+        if sum(r["fits"] for r in found) >= limit:
+            break
+        attempt = changed(conf, changes)
+        try:
+            step = step_of(attempt, target.devices)
+        except UserError:
+            continue  # a mesh that does not lie on the slice, a batch or a width that does not divide
+        with jax.set_mesh(step.built.mesh):
+            held = sum(held_bytes(step).values())
+        if held > target.generation.hbm_bytes:
+            continue
+        result = report(attempt, target, options) | dict(change=flags_of(changes))
+        found.append(result)
+        print(f"{result['change']}: " + ("fits" if result["fits"] else "does not fit"), flush=True)
+    if not found:
+        raise UserError(f"no mesh, rematerialization or batch that was thought of fits {target.name}: take more"
+                        " devices, or a smaller model or batch")
+    return sorted(found, key=lambda r: (not r["fits"], -r["batch_size"] / r.get("step_s", math.inf)))
+
+
+def ranking(found: list[dict[str, Any]]) -> str:
+    """The reports of a search for people."""
+    lines = [f"{'rows/s':>10} {'step ms':>9} {'MFU':>6} {'peak GiB':>9}  change"]
+    for r in found:
+        speed = (f"{r['batch_size'] / r['step_s']:>10.1f} {r['step_s'] * 1e3:>9.1f}"
+                 f" {r['flops_model_per_device'] / r['peak_flops'] / r['step_s']:>6.1%}"
+                 if r["fits"] else f"{'does not fit':>27}")
+        lines.append(f"{speed} {r['hbm_peak_bytes'] / 2**30:>9.2f}  {r['change']}")
+    return "\n".join([*lines, "as scheduled by the compiler; never run"])
+
+
 def table(found: dict[str, Any]) -> str:
     """The report for people."""
     gib = lambda n: f"{n / 2**30:.2f} GiB"  # noqa: E731
@@ -147,7 +248,9 @@ def table(found: dict[str, Any]) -> str:
              "  of these " + ", ".join(f"{name} {gib(n)}" for name, n in found["memory"].items() if n)]
     if not found["fits"]:
         over = found["hbm_peak_bytes"] - found["hbm_limit_bytes"]
-        return "\n".join([*lines, f"  {gib(over)} too much"])
+        lines += [f"  {gib(over)} too much; what helps most:"]
+        return "\n".join(lines + [f"    {r['change']:<40} {gib(r['hbm_peak_bytes'])}" + (", fits" if r["fits"] else "")
+                                  for r in found["remedies"]])
     lines += [f"  {found['flops_per_device']:.4g} FLOPs compiled, {found['flops_hw_per_device']:.4g} counted with and"
               f" {found['flops_model_per_device']:.4g} without recomputation",
               f"  {'collective':<20}{'axes':<20}{'count':>7}{'on the wire':>14}  beside computation"]
@@ -165,3 +268,39 @@ def table(found: dict[str, Any]) -> str:
         if found[name]:
             lines.append(f"  {name.replace('_', ' ')}: {', '.join(found[name])}")
     return "\n".join(lines)
+
+
+FLAGS = {
+    "topology": Flag(str, "The slice, such as v5p:4x4x4, or several: 2xv5e:16x16.", required=True),
+    "overlap": Flag(bool, "Options that let communication run beside computation."),
+    "control": Flag(bool, "The scheduler that hides latencies is off."),
+    "search": Flag(bool, "Tries meshes, remat policies and batch sizes."),
+    "json": Flag(str, "File for the report."),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Parses flags, compiles, prints the report. Returns 0 if it fits, 1 if it does not, 2 for a mistake."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs
+    try:
+        conf, flags = command.parse("aot", __doc__, FLAGS, arguments)
+        target = topology(flags["topology"])
+        options = (target.generation.overlap if flags["overlap"] else {}) | (NO_HIDING if flags["control"] else {})
+        if flags["search"]:
+            found: Any = search(conf, target, options)
+        else:
+            found = report(conf, target, options)
+            if not found["fits"]:
+                found["remedies"] = remedies(conf, target, options)
+        print(ranking(found) if flags["search"] else table(found))
+        if flags["json"]:
+            pathlib.Path(flags["json"]).write_text(json.dumps(found, indent=1) + "\n")
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return error.status
+    best = found[0] if isinstance(found, list) else found
+    return 0 if best["fits"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -32,6 +32,7 @@ def splash(q_BTGRK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segment
 
     B, T, G, R, K = q_BTGRK.shape
     S, mesh = k_BSGK.shape[1], jax.sharding.get_abstract_mesh()
+    mask: masks.Mask
     if window is not None:
         mask = masks.LocalMask((T, S), (window - 1, 0 if causal else window - 1), offset=0)
     else:

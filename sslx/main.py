@@ -11,10 +11,21 @@ import sys
 import time
 import traceback
 
+from sslx import command
+from sslx.command import Flag
+
 BUG, INTERRUPTED = 1, 130
 # Not a bug: a folder that cannot be written, a disk that is full.
 OF_THE_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT,
                   errno.EFBIG)
+
+
+FLAGS = {
+    "workdir": Flag(str, "Folder of the run: logs, checkpoints, report.", required=True),
+    "coordinator": Flag(str, "HOST:PORT of process 0, the same for all."),
+    "processes": Flag(int, "How many processes make the run."),
+    "process": Flag(int, "The number of this process, from 0."),
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -34,11 +45,12 @@ def main(arguments: list[str]) -> int:
     from sslx import platforms
 
     try:
-        config, workdir, processes = parse(arguments)
+        config, flags = command.parse("main", __doc__, FLAGS, arguments)
+        workdir = flags.pop("workdir")
         prepared = platforms.prepare()
         from sslx import distributed
 
-        process = distributed.start(*processes)
+        process = distributed.start(**flags)
         if process == 0:
             print(f"platform {prepared}", flush=True)
         from sslx import train
@@ -73,72 +85,6 @@ def ending(error: BaseException, workdir: str | None) -> tuple[int, str]:
         case KeyboardInterrupt():
             return INTERRUPTED, "stopped at once; the same command goes on from the newest checkpoint"
     return BUG, "".join(traceback.format_exception(error)).rstrip()
-
-
-def parse(arguments: list[str]):
-    """(config, workdir, (coordinator, processes, process)) of a command line.
-
-    Raises UserError for what cannot be read.
-    """
-    from absl import flags
-    from ml_collections import config_flags
-
-    from sslx.config import UserError
-
-    command = ["sslx.main", *arguments]
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", None, "File of the experiment, with its argument: X.py[:arg].",
-                                             flag_values=values, sys_argv=command)
-    workdir = flags.DEFINE_string("workdir", None, "Folder of the run: logs, checkpoints, report.", flag_values=values)
-    processes = (
-        flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, the same for all.", flag_values=values),
-        flags.DEFINE_integer("processes", None, "How many processes make the run.", flag_values=values),
-        flags.DEFINE_integer("process", None, "The number of this process, from 0.", flag_values=values),
-    )
-    if {"--help", "-h", "-help"} & set(arguments):
-        print(__doc__, values.main_module_help(), sep="\n")
-        raise SystemExit(0)
-    file = config_file(command)
-    try:
-        rest = values(command)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
-        if raised_in(file, error):
-            raise
-        reason = f"no field {error.args[0]}" if isinstance(error, (AttributeError, KeyError)) else str(error)
-        raise UserError(f"the command line cannot be read: {' '.join(reason.split())}") from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: everything is a flag, --config.a.b=value or --workdir W")
-    for name, flag in (("config", config), ("workdir", workdir)):
-        if flag.value is None:
-            raise UserError(f"--{name} is missing.\n{__doc__}")
-    return config.value, workdir.value, tuple(flag.value for flag in processes)
-
-
-def config_file(command: list[str]) -> str | None:
-    """The file that --config names, without the argument. Raises UserError if there is none of this name."""
-    from absl import flags
-
-    from sslx.config import UserError
-
-    values = flags.FlagValues()
-    config = flags.DEFINE_string("config", None, "", flag_values=values)
-    try:
-        values(command, known_only=True)
-    except flags.Error as error:
-        raise UserError(f"the command line cannot be read: {error}") from error
-    if config.value is None:
-        return None
-    file = config.value.partition(":")[0]
-    if not os.path.isfile(file):
-        raise UserError(f"--config names {file!r}, where there is no file. It takes the path of a config, such as"
-                        f" configs/quickstart.py; paths are relative to {os.getcwd()}")
-    return file
-
-
-def raised_in(file: str | None, error: Exception) -> bool:
-    """Whether `error` is one of the code in the config file, whose author wants to see the traceback."""
-    frames = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
-    return file in frames or "Error whilst parsing config file" in str(error)  # what ml_collections makes of it
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""Command lines that take a config: flags, and errors that say what cannot be read."""
+
+import os
+import traceback
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import config_flags
+
+from sslx.config import UserError
+
+DEFINE: dict[type, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_boolean}
+
+
+class Flag(NamedTuple):
+    """A flag beside --config; without a value it is None, or False if it is a bool."""
+
+    kind: type
+    help: str
+    required: bool = False
+
+
+def parse(module: str, doc: str | None, wanted: Mapping[str, Flag], arguments: list[str]) -> tuple[Any, dict[str, Any]]:
+    """(config, {flag: value}) of `python -m sslx.<module> <arguments>`, which `doc` explains.
+
+    Raises UserError for what cannot be read; prints the help and exits if asked for it.
+    """
+    command = [f"sslx.{module}", *arguments]
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", None, "File of the experiment, with its argument: X.py[:arg].",
+                                             flag_values=values, sys_argv=command)
+    holders = {name: DEFINE[flag.kind](name, False if flag.kind is bool else None, flag.help, flag_values=values)
+               for name, flag in wanted.items()}
+    if {"--help", "-h", "-help"} & set(arguments):
+        print(doc, values.module_help(__name__), sep="\n")
+        raise SystemExit(0)
+    file = config_file(command)
+    try:
+        rest = values(command)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        if raised_in(file, error):
+            raise
+        reason = f"no field {innermost(error)}" if isinstance(error, (AttributeError, KeyError)) else str(error)
+        raise UserError(f"the command line cannot be read: {' '.join(reason.split())}") from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: everything is a flag, such as --config.a.b=value")
+    given = {name: holder.value for name, holder in holders.items()}
+    for name, value in {"config": config.value, **{n: given[n] for n, flag in wanted.items() if flag.required}}.items():
+        if value is None:
+            raise UserError(f"--{name} is missing.\n{doc}")
+    return config.value, given
+
+
+def config_file(command: list[str]) -> str | None:
+    """The file that --config names, without the argument. Raises UserError if there is none of this name."""
+    values = flags.FlagValues()
+    config = flags.DEFINE_string("config", None, "", flag_values=values)
+    try:
+        values(command, known_only=True)
+    except flags.Error as error:
+        raise UserError(f"the command line cannot be read: {error}") from error
+    if config.value is None:
+        return None
+    file = config.value.partition(":")[0]
+    if not os.path.isfile(file):
+        raise UserError(f"--config names {file!r}, where there is no file. It takes the path of a config, such as"
+                        f" configs/quickstart.py; paths are relative to {os.getcwd()}")
+    return file
+
+
+def innermost(error: Exception) -> str:
+    """What an error says that was made of other errors."""
+    said = error.args[0] if error.args else error
+    return innermost(said) if isinstance(said, Exception) and said is not error else str(said)
+
+
+def raised_in(file: str | None, error: Exception) -> bool:
+    """Whether `error` is one of the code in the config file, whose author wants to see the traceback."""
+    frames = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
+    return file in frames or "Error whilst parsing config file" in str(error)  # what ml_collections makes of it
