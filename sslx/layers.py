@@ -314,9 +314,9 @@ class Experts(nn.Module):
 
     def experts(self, x_BECD, needed):
         E, D, F = self.n, x_BECD.shape[-1], self.hidden
-        w_up = weight(self, "up", fan_in(stacked=1), (E, D, 2, F), ("experts", "embed", None, "hidden"))
+        w_up = weight(self, "up", fan_in(stacked=1), (E, D, 2, F), ("experts", "expert_embed", None, "hidden"))
         init = fan_in(scale=self.out_scale, stacked=1)
-        w_down = weight(self, "down", init, (E, F, D), ("experts", "hidden", "embed"))
+        w_down = weight(self, "down", init, (E, F, D), ("experts", "hidden", "expert_embed"))
         rows, there = spec("batch"), P(("data", "fsdp"), "expert")
         x_BECD = jax.sharding.reshard(x_BECD, there)
         with flops.scaled(min(needed), needed[1]):

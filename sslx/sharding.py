@@ -23,11 +23,12 @@ RULES: dict[str | None, Any] = {
     "batch": ("data", "fsdp", "expert"),
     "sequence": "context",              # time
     "residual": ("context", "tensor"),  # time of the residual stream, between the products of a block
-    "embed": "fsdp",      # the side of a weight that faces the residual stream
+    "embed": ("fsdp", "expert"),  # the side of a weight that faces the residual stream
     "heads": "tensor",
     "hidden": "tensor",   # of an MLP
     "vocab": "tensor",    # token ids, prototypes
     "experts": "expert",
+    "expert_embed": "fsdp",  # the same side of an expert's weight
     None: None,
 }
 
@@ -105,9 +106,9 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def gather(weight: jax.Array) -> jax.Array:
-    """A weight whole over `fsdp`, still sharded over `tensor`. The gradient is reduce-scattered."""
-    axes = jax.typeof(weight).sharding.spec
-    return jax.sharding.reshard(weight, P(*(None if axis == "fsdp" else axis for axis in axes)))
+    """A weight with its embed side whole, still sharded over `tensor`. The gradient is reduce-scattered."""
+    cut, axes = (RULES["embed"], RULES["expert_embed"]), jax.typeof(weight).sharding.spec
+    return jax.sharding.reshard(weight, P(*(None if axis in cut else axis for axis in axes)))
 
 
 def replicate(x: jax.Array) -> jax.Array:

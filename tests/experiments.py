@@ -1,6 +1,7 @@
 """What is in sslx/objectives and configs/, and how a test builds a tiny experiment of it on some of 8 devices."""
 
 import importlib.util
+import math
 import pathlib
 
 import jax
@@ -15,6 +16,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 OBJECTIVES = sorted(path.stem for path in (ROOT / "sslx" / "objectives").glob("*.py") if config.has_make(path))
 
 BATCH = 16
+AXES = ("data", "fsdp", "tensor", "context", "expert")
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
 
 
@@ -30,15 +32,18 @@ def debug_config(path: pathlib.Path) -> ml_collections.ConfigDict:
     return conf
 
 
-CONFIGS = {path.stem: debug_config(path) for path in sorted((ROOT / "configs").glob("*.py"))}
+FILES = sorted((ROOT / "configs").glob("*.py"))
+# Those for pods come with rows to compile for; tests/test_aot.py is about them.
+CONFIGS = {path.stem: conf for path in FILES if not (conf := debug_config(path)).data.get("synthetic")}
+PODS = [path for path in FILES if path.stem not in CONFIGS]
 
 
-def experiment(name: str, shape: tuple[int, int, int] = (1, 1, 1), **model) -> Experiment:
-    """configs/<name>.py on a mesh of `shape` (data, fsdp, tensor), with changes of its model."""
+def experiment(name: str, shape: tuple[int, ...] = (1, 1, 1), **model) -> Experiment:
+    """configs/<name>.py on a mesh of `shape`, the first of AXES, with changes of its model."""
     conf = CONFIGS[name].copy_and_resolve_references()
-    conf.mesh = dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    conf.mesh = dict(zip(AXES, shape, strict=False))
     conf.model.update(model)
-    return build(conf, jax.devices()[:shape[0] * shape[1] * shape[2]])
+    return build(conf, jax.devices()[:math.prod(shape)])
 
 
 def first_batch(built: Experiment) -> dict[str, jax.Array]:

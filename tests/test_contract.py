@@ -15,6 +15,7 @@ from experiments import BATCH, CONFIGS, MESHES, OBJECTIVES, abstract_state, expe
 
 from sslx import state, train
 from sslx.checkpoint import Checkpoints
+from sslx.config import UserError
 from sslx.objectives import Objective
 from sslx.sharding import make_mesh, spec
 
@@ -94,6 +95,22 @@ def test_sharded_is_unsharded(name, shape):
     assert worst["params"][0] < 1e-6, worst
     assert worst["aux"][0] < 1e-5, worst
     assert worst["grads"][0] < 1e-4, worst
+
+
+@pytest.mark.parametrize("name", ["causal_text", "mlm_text", "span_text", "moe_text"])
+def test_sharded_over_context_is_unsharded(name):
+    test_sharded_is_unsharded(name, (2, 1, 2, 2))
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 1, 1, 2), (1, 1, 2, 1, 4)], ids=["2x2x1x1x2", "1x1x2x1x4"])
+def test_sharded_over_experts_is_unsharded(shape):
+    test_sharded_is_unsharded("moe_text", shape)
+
+
+def test_context_that_does_not_divide_is_refused():
+    """Patches and a class token are an odd number."""
+    with pytest.raises(UserError, match="mesh.context=2 does not divide a sequence of"):
+        first_gradient("dino_fashion_mnist", (1, 1, 1, 2))
 
 
 @every_config

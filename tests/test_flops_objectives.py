@@ -4,6 +4,7 @@ The formulas give multiply-adds per matrix product, forward; a product with a gr
 that, one whose input is data twice, a teacher's once. B rows, T S tokens, D model, F hidden, V vocabulary, N patches.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -68,9 +69,26 @@ def crops(rows, source, size):
     return forward_only(rows * (size * source * source + size * size * source))
 
 
+def mixture(model, T):
+    """Experts of a block: what the router chose is needed, all their places run; remat runs all of it again, but for
+    the shared expert's second product."""
+    D, F, n = model.width, model.hidden, model.experts.n
+    chosen = model.experts.top_k * T
+    places = n * min(T, math.ceil(model.experts.capacity * chosen / n))
+    expert, again = 2 * B * 3 * D * F, 2 * B * places * 3 * D * F
+    routed = Need(3 * chosen * expert, 3 * (places - chosen) * expert, again, again)
+    router = trained(B * T * D * n)._replace(again_full=2 * B * T * D * n)
+    shared = trained(B * T * 3 * D * F)._replace(again_full=2 * B * T * 2 * D * F)
+    return routed + router + model.experts.shared * shared
+
+
 def causal_lm(model, objective, T):
+    """A head that computes its logits in chunks computes them again."""
     D, V = model.width, model.vocab_size
-    return model.depth * block(B, T, D, 4 * D, causal=True) + trained(B * T * D * V)
+    head = trained(B * T * D * V)._replace(masked=2 * B * T * D * V * (model.get("loss_chunks", 1) > 1))
+    if model.get("experts"):
+        return model.depth * (block(B, T, D, 0, causal=True) + mixture(model, T)) + head
+    return model.depth * block(B, T, D, 4 * D, causal=True) + head
 
 
 def masked_lm(model, objective, T):
@@ -97,8 +115,7 @@ def mae(model, objective, side):
     N = (model.image_size // model.patch) ** 2
     visible = N - round(objective.mask_ratio * N)
     encoder = data_in(B * visible * P * D) + model.depth * block(B, visible, D, 4 * D)
-    # `model.remat` is of the encoder.
-    blocks = objective.decoder_depth * block(B, N, d, 4 * d)._replace(again_dots=0, again_full=0)
+    blocks = objective.decoder_depth * block(B, N, d, 4 * d)
     decoder = trained(B * visible * D * d) + blocks + trained(B * N * d * P)
     return crops(B, side, model.image_size) + encoder + decoder
 

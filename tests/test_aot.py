@@ -1,0 +1,96 @@
+"""Compiling for slices that are not here, with the real TPU compiler."""
+
+import json
+import re
+import runpy
+
+import jax
+import pytest
+from experiments import PODS, ROOT
+
+from sslx import aot, train
+from sslx.optim import DECAYED
+from sslx.topology import topology
+
+pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install 'sslx[tpu]'")
+
+QUICKSTART = ["--config", f"{ROOT}/configs/quickstart.py:debug", "--config.data.batch_size=16"]
+KEYS = {"fits", "topology", "devices", "hbm_peak_bytes", "hbm_limit_bytes", "memory", "flops_per_device",
+        "flops_model_per_device", "collectives", "compute_s", "ici_s", "dcn_s", "mfu_if_hidden", "mfu_if_exposed",
+        "async_share", "hidden_share", "step_s", "compile_s"}
+
+
+def topology_of(path) -> str:
+    """The slice that a pod's config names in its own text."""
+    return re.search(r"--topology (\S+)", path.read_text())[1]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """The JSON of the command for 16 chips that share all weights."""
+    out = tmp_path_factory.mktemp("aot") / "report.json"
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=16"]
+    assert aot.main([*QUICKSTART, *mesh, "--topology", "v5e:4x4", "--json", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_report_has_the_documented_keys(sharded):
+    assert sharded.keys() >= KEYS
+    assert (sharded["topology"], sharded["devices"], sharded["fits"]) == ("v5e:4x4", 16, True)
+    assert 0 < sharded["hbm_peak_bytes"] < sharded["hbm_limit_bytes"]
+    assert sharded["memory"].keys() >= {"parameters", "optimizer", "activations", "temporaries"}
+
+
+def test_compiled_flops_are_the_counted_ones(sharded):
+    assert sharded["unknown_trips"] == sharded["unknown_kernels"] == []
+    assert sharded["flops_per_device"] == pytest.approx(sharded["flops_hw_per_device"], rel=0.01)
+
+
+def test_every_weight_is_gathered_over_its_axis(sharded):
+    gathers = [c for c in sharded["collectives"] if c["kind"] == "all-gather"]
+    assert gathers and all(c["axes"] == ["fsdp"] and c["group"] == 16 for c in gathers)
+    # Each bfloat16 weight comes from 15 of 16 devices at least once, and at most once for each pass and lookup.
+    weights = sharded["memory"]["parameters"] * 16 / 4 * 2 * 15 / 16
+    assert 0.9 * weights < sum(c["wire_bytes"] for c in gathers) < 3 * weights
+
+
+def test_roofline_is_an_interval(sharded):
+    assert 0 < sharded["mfu_if_exposed"] <= sharded["mfu_if_hidden"] < 1
+    assert sharded["compute_s"] <= sharded["step_s"] <= 1.001 * sum(
+        sharded[k] for k in ("compute_s", "ici_s", "dcn_s"))
+
+
+def test_a_slice_that_does_not_exist_is_refused(capsys):
+    assert aot.main([*QUICKSTART, "--topology", "v5e:32x32"]) == 2
+    assert "'v5e:32x32' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_says_by_how_much_and_what_helps(capsys):
+    flags = ["--config.data.batch_size=1048576", "--config.model.scan=True"]
+    assert aot.main([*QUICKSTART, *flags, "--topology", "v5e:2x2"]) == 1
+    said = capsys.readouterr().out
+    assert "DOES NOT FIT" in said and "GiB too much; what helps most:" in said
+    assert len(re.findall(r"^    --config\.", said, re.M)) == 3
+
+
+@pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
+def test_pod_config_is_built_and_counted_for_its_slice(path):
+    step = aot.step_of(runpy.run_path(str(path))["get_config"](), topology(topology_of(path)).devices)
+    with jax.set_mesh(step.built.mesh):
+        counted = train.count_flops(step.built.objective, step.current, step.batch)
+    assert counted.hw_total >= counted.model_total > 1e14
+    replicas = step.built.mesh.shape["data"]
+    for where, x in jax.tree_util.tree_leaves_with_path(step.current.params):
+        if where[-1].key in DECAYED:  # matrices and embeddings lie over all devices of a replica
+            everywhere = aot.local_bytes(x) * step.built.mesh.size
+            assert everywhere == replicas * x.size * x.dtype.itemsize, jax.tree_util.keystr(where)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
+def test_pod_config_fits_its_slice(path):
+    slice_ = topology(topology_of(path))
+    found = aot.report(runpy.run_path(str(path))["get_config"](), slice_, {})
+    assert found["fits"] and found["unknown_trips"] == found["unknown_kernels"] == []
+    assert found["flops_per_device"] == pytest.approx(found["flops_hw_per_device"], rel=0.05)
