@@ -82,7 +82,7 @@ def test_pod_config_is_built_and_counted_for_its_slice(path):
     assert counted.hw_total >= counted.model_total > 1e14
     replicas = step.built.mesh.shape["data"]
     for where, x in jax.tree_util.tree_leaves_with_path(step.current.params):
-        if where[-1].key in DECAYED:  # matrices and embeddings lie over all devices of a replica
+        if where[-1].key in DECAYED and x.size > 1e6:  # a matrix lies over all devices of a replica
             everywhere = aot.local_bytes(x) * step.built.mesh.size
             assert everywhere == replicas * x.size * x.dtype.itemsize, jax.tree_util.keystr(where)
 
