@@ -246,5 +246,88 @@ def test_an_embedding_looks_up_and_scores_with_one_table():
     embed, table = layers.Embed(7, 4), normal(7, 4)
     ids = np.array([[0, 6, 3], [2, 2, 1]])
     np.testing.assert_array_equal(embed.apply({"params": {"embedding": table}}, ids), table[ids])
-    scores = embed.apply({"params": {"embedding": table}}, table[ids], method="attend")
-    np.testing.assert_allclose(scores, table[ids] @ table.T, rtol=1e-5, atol=1e-5)
+    same = embed.apply({"params": {"embedding": table}}, method="table")
+    np.testing.assert_allclose(layers.scores(table[ids], same), table[ids] @ table.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_a_loss_in_chunks_is_the_loss(chunks):
+    x, table, targets = normal(2, 8, 4), normal(7, 4, seed=1), np.random.default_rng(2).integers(0, 7, (2, 8))
+    weights = normal(2, 8, seed=3)
+
+    def loss(x, table, chunks):
+        return (layers.nll(x, table, targets, chunks) * weights).sum()
+
+    whole, parts = (jax.value_and_grad(loss, (0, 1))(jnp.asarray(x), jnp.asarray(table), n) for n in (1, chunks))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), parts, whole)
+
+
+def test_chunks_that_do_not_divide_are_named():
+    with pytest.raises(UserError, match="model.loss_chunks=3"):
+        layers.nll(normal(2, 8, 4), normal(7, 4), np.zeros((2, 8), int), 3)
+
+
+@pytest.mark.parametrize("mask", ["causal", "bidirectional"])
+@pytest.mark.parametrize("window", [None, 1, 3, 9])
+def test_needed_pairs_are_those_that_are_visible(mask, window):
+    seen = layers.visible(mask, 6, 6, window)
+    assert layers.needed_pairs(mask, 6, 6, window) == (36 if seen is None else int(seen.sum()))
+    for t, s in np.ndindex(6, 6):
+        expected = (mask == "bidirectional" or s <= t) and (window is None or abs(t - s) < window)
+        assert (seen is None or bool(seen[0, t, s])) == expected
+
+
+def mixture(capacity, shared=0, balance=0.0):
+    return layers.Experts(n=4, top_k=2, hidden=6, capacity=capacity, shared=shared, balance=balance, out_scale=1.0,
+                          dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("capacity, shared", [(2.0, 0), (1.0, 0), (0.5, 2)])
+def test_experts_take_the_tokens_that_chose_them_until_they_are_full(capacity, shared):
+    B, T, D, E = 2, 8, 5, 4
+    x, experts = normal(B, T, D), mixture(capacity, shared)
+    params = experts.init(KEY, x)["params"]
+    router, up, down = (np.asarray(p) for p in (params["router"]["kernel"], params["up"], params["down"]))
+
+    def swiglu(x, up, down):
+        gate, value = x @ up[:, 0], x @ up[:, 1]
+        return (gate / (1 + np.exp(-gate)) * value) @ down
+
+    places = min(T, int(np.ceil(capacity * 2 * T / E)))
+    expected, dropped = np.zeros((B, T, D)), 0
+    for b in range(B):
+        p = softmax(x[b] @ router)
+        order = np.argsort(-p, 1)[:, :2]
+        taken = dict.fromkeys(range(E), 0)
+        for k in range(2):
+            for t in range(T):
+                e = order[t, k]
+                taken[e] += 1
+                if taken[e] > places:
+                    dropped += 1
+                    continue
+                expected[b, t] += p[t, e] / p[t, order[t]].sum() * swiglu(x[b, t], up[e], down[e])
+    if shared:
+        mlp = jax.tree.map(np.asarray, params["shared"])
+        expected += swiglu(x, mlp["up"]["kernel"], mlp["down"]["kernel"])
+    assert (dropped > 0) == (capacity < 2)
+    np.testing.assert_allclose(experts.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_balance_adds_a_gradient_and_leaves_the_value():
+    """That of balance * n sum f P, the shares of choices f being constants."""
+    x = normal(2, 8, 5)
+    params = mixture(2.0).init(KEY, x)["params"]
+
+    def loss(params, balance):
+        return jnp.square(mixture(2.0, balance=balance).apply({"params": params}, x)).sum()
+
+    def penalty(router):
+        p = jax.nn.softmax(x @ router)
+        chosen = jax.nn.one_hot(jax.lax.top_k(p, 2)[1], 4).sum((0, 1, 2)) / (2 * 8 * 2)
+        return 0.3 * 4 * (chosen * p.mean((0, 1))).sum()
+
+    (plain, g_plain), (balanced, g_balanced) = (jax.value_and_grad(loss)(params, b) for b in (0.0, 0.3))
+    assert plain == balanced
+    added = g_balanced["router"]["kernel"] - g_plain["router"]["kernel"]
+    np.testing.assert_allclose(added, jax.grad(penalty)(params["router"]["kernel"]), rtol=1e-3, atol=1e-5)
