@@ -43,7 +43,7 @@ def refused(cache, workdir, *flags, config=f"{QUICKSTART}:debug", devices=1) -> 
     ("--config.model.width=wide", ("config.model.width", "wide")),
     ("--config.model.width=3.5", ("config.model.width", "3.5")),
     ("--confg=x", ("confg",)),
-    ("leftover", ("leftover", "--workdir")),
+    ("leftover", ("leftover", "--config.a.b=value")),
 ])
 def test_flag_that_cannot_be_read(flag, words, cache, tmp_path):
     text = refused(cache, tmp_path / "w", flag)
