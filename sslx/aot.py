@@ -24,7 +24,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from sslx import command, experiment, flops, hlo, state, train
+from sslx import command, evals, experiment, flops, hlo, state, train
 from sslx.command import Flag
 from sslx.config import UserError
 from sslx.data import pipeline
@@ -53,21 +53,20 @@ def step_of(conf: ml_collections.ConfigDict, devices: list[Any]) -> Step:
             conf.data.train = dict(conf.data.synthetic, name="synthetic")
         conf.evals = {}
     built = experiment.build(conf, devices)
-    row = pipeline.stream(built.source, seed=built.run.seed).rows(np.zeros(1, int))
-    batch: dict[str, Any] = {name: jax.ShapeDtypeStruct((built.data.batch_size, *x.shape[1:]), pipeline.narrow(x).dtype,
-                                        sharding=batch_sharding(built.mesh))
-             for name, x in row.items() if name not in ("index", "skipped", "label")}
+    row = evals.inputs(pipeline.stream(built.source, seed=built.run.seed).rows(np.zeros(1, int)))
+    rows, lying = built.data.batch_size, batch_sharding(built.mesh)
+    batch: dict[str, Any] = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=lying)
+                             for name, x in row.items()}
     with jax.set_mesh(built.mesh):
         born = jax.jit(lambda batch: state.create(built.objective, built.optimizer.tx, built.run.seed, batch))
         return Step(built, train.abstract(born, batch, built.mesh), batch)
 
 
-def report(conf: ml_collections.ConfigDict, target: Topology, options: dict[str, Any]) -> dict[str, Any]:
-    """What the compiler makes of the step of `conf` on `target`: the JSON of the command.
+def report(step: Step, target: Topology, options: dict[str, Any]) -> dict[str, Any]:
+    """What the compiler makes of a step for the devices of `target`: the JSON of the command.
 
     Bytes, FLOPs and seconds are those of one device and one step.
     """
-    step = step_of(conf, target.devices)
     built, generation = step.built, target.generation
     began = time.monotonic()
     with jax.set_mesh(built.mesh):
@@ -135,8 +134,7 @@ def local_bytes(tree: Any) -> int:
     """Bytes of a device's part of all arrays."""
     def local(x):
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
-        return math.prod(shape) * np.dtype(x.dtype).itemsize if not jax.dtypes.issubdtype(
-            x.dtype, jax.dtypes.extended) else 8 * math.prod(shape)
+        return math.prod(shape) * x.dtype.itemsize
 
     return sum(local(x) for x in jax.tree.leaves(tree))
 
@@ -174,14 +172,14 @@ def remedies(conf: ml_collections.ConfigDict, target: Topology, options: dict[st
         tries.append({"mesh.data": 1, "mesh.fsdp": -1})
     if "remat" in model and model.remat != "full":
         tries.append({"model.remat": "full"})
-    if conf.objective.name in ("causal_lm", "span_corruption"):
+    if "vocab_size" in model:
         tries.append({"model.loss_chunks": 4 * model.get("loss_chunks", 1)})
     if "heads" in model:
         tries.append({"mesh.tensor": 2 * mesh.get("tensor", 1)})
     found = []
     for changes in tries:
         try:
-            result = report(changed(conf, changes), target, options)
+            result = report(step_of(changed(conf, changes), target.devices), target, options)
         except UserError:
             continue  # a mesh or a batch that cannot be
         found.append(dict(change=flags_of(changes), **{k: result[k] for k in ("fits", "hbm_peak_bytes")}))
@@ -209,16 +207,15 @@ def search(conf: ml_collections.ConfigDict, target: Topology, options: dict[str,
     for changes in candidates(conf, len(target.devices)):
         if sum(r["fits"] for r in found) >= limit:
             break
-        attempt = changed(conf, changes)
         try:
-            step = step_of(attempt, target.devices)
+            step = step_of(changed(conf, changes), target.devices)
         except UserError:
             continue  # a mesh that does not lie on the slice, a batch or a width that does not divide
         with jax.set_mesh(step.built.mesh):
             held = sum(held_bytes(step).values())
         if held > target.generation.hbm_bytes:
             continue
-        result = report(attempt, target, options) | dict(change=flags_of(changes))
+        result = report(step, target, options) | dict(change=flags_of(changes))
         found.append(result)
         print(f"{result['change']}: " + ("fits" if result["fits"] else "does not fit"), flush=True)
     if not found:
@@ -289,7 +286,7 @@ def main(arguments: list[str]) -> int:
         if flags["search"]:
             found: Any = search(conf, target, options)
         else:
-            found = report(conf, target, options)
+            found = report(step_of(conf, target.devices), target, options)
             if not found["fits"]:
                 found["remedies"] = remedies(conf, target, options)
         print(ranking(found) if flags["search"] else table(found))

@@ -91,6 +91,6 @@ def test_pod_config_is_built_and_counted_for_its_slice(path):
 @pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
 def test_pod_config_fits_its_slice(path):
     slice_ = topology(topology_of(path))
-    found = aot.report(runpy.run_path(str(path))["get_config"](), slice_, {})
+    found = aot.report(aot.step_of(runpy.run_path(str(path))["get_config"](), slice_.devices), slice_, {})
     assert found["fits"] and found["unknown_trips"] == found["unknown_kernels"] == []
     assert found["flops_per_device"] == pytest.approx(found["flops_hw_per_device"], rel=0.05)
