@@ -141,7 +141,9 @@ def local_bytes(tree: Any) -> int:
 
 def out_of_memory(error: Exception) -> int:
     """The bytes that the compiler says a device would need; other errors are raised again."""
-    found = re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", str(error))
+    # After and before buffers are assigned.
+    found = (re.search(r"Used ([\d.]+)([KMG]?) of [\d.]+[KMG]? hbm", str(error))
+             or re.search(r"temporaries \(([\d.]+)([KMG]?)\) exceeds available HBM", str(error)))
     if not found:
         raise error
     return int(float(found[1]) * UNITS[found[2]])
