@@ -1,8 +1,8 @@
 """T5 v1.1 XXL's shape (11B parameters) for 64 chips of TPU v5p: span corruption (Raffel et al. 2020).
 
-    python -m sslx.aot --config configs/span_11b.py --topology v5p:4x4x4
+    python -m sslx.aot --config configs/t5_11b.py --topology v5p:4x4x4
     python -m sslx.data.prepare --out /data/tokens ...
-    python -m sslx.main --config configs/span_11b.py --workdir gs://BUCKET/span_11b
+    python -m sslx.main --config configs/t5_11b.py --workdir gs://BUCKET/t5_11b
 
 16 windows of 568 tokens a chip, which make inputs of 512 and targets of 114.
 """

@@ -1,7 +1,7 @@
 """SimCLR with a ResNet-50 for 64 chips of TPU v5e (Chen et al. 2020).
 
-    python -m sslx.aot --config configs/simclr_resnet50.py --topology v5e:8x8
-    python -m sslx.main --config configs/simclr_resnet50.py --workdir gs://BUCKET/simclr_resnet50
+    python -m sslx.aot --config configs/simclr_rn50.py --topology v5e:8x8
+    python -m sslx.main --config configs/simclr_rn50.py --workdir gs://BUCKET/simclr_rn50
 
 32 pairs of 224 pixels a chip; batch norm and the 4096 candidates of a view are global.
 """
