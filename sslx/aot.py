@@ -1,7 +1,7 @@
 """python -m sslx.aot --config configs/X.py[:arg] --topology v5p:4x4x4 [--config.a.b=value]
                    [--overlap] [--control] [--search] [--json F]
 
-Compiles the train step of a config with the real TPU compiler for a slice that is not here, and reports whether it
+Compiles the train step of a config with the real compiler for TPUs or GPUs that are not here, and reports whether it
 fits, what fills the memory, every collective, and how fast a step can be: between all communication hidden and all
 exposed. Nothing is run. Rows have the shape of config.data.synthetic if the config has it, else of data.train.
 
@@ -34,7 +34,6 @@ from sslx.state import TrainState
 from sslx.topology import Topology, topology
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
-NO_HIDING = {"xla_tpu_enable_latency_hiding_scheduler": False}
 
 
 class Step(NamedTuple):
@@ -73,7 +72,7 @@ def report(step: Step, target: Topology, options: dict[str, Any]) -> dict[str, A
         counted = train.count_flops(built.objective, step.current, step.batch)
         held = held_bytes(step)
         fn: Any = train.train_step(built.objective, built.optimizer.tx, built.run.seed, built.run.accumulate)
-        lowered = fn.trace(step.current, step.batch).lower(lowering_platforms=("tpu",))
+        lowered = fn.trace(step.current, step.batch).lower(lowering_platforms=(generation.compiler.platform,))
         kernels = flops.kernels(fn, step.current, step.batch)
         found: dict[str, Any] = dict(
             topology=target.name, devices=built.mesh.size, mesh=dict(built.mesh.shape),
@@ -270,7 +269,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 FLAGS = {
-    "topology": Flag(str, "The slice, such as v5p:4x4x4, or several: 2xv5e:16x16.", required=True),
+    "topology": Flag(str, "The slice, such as v5p:4x4x4, or several: 2xv5e:16x16; or GPUs: h100:16x8.", required=True),
     "overlap": Flag(bool, "Options that let communication run beside computation."),
     "control": Flag(bool, "The scheduler that hides latencies is off."),
     "search": Flag(bool, "Tries meshes, remat policies and batch sizes."),
@@ -284,7 +283,9 @@ def main(arguments: list[str]) -> int:
     try:
         conf, flags = command.parse("aot", __doc__, FLAGS, arguments)
         target = topology(flags["topology"])
-        options = (target.generation.overlap if flags["overlap"] else {}) | (NO_HIDING if flags["control"] else {})
+        generation = target.generation
+        options = (generation.overlap if flags["overlap"] else {}) | (
+            generation.compiler.control if flags["control"] else {})
         if flags["search"]:
             found: Any = search(conf, target, options)
         else:

@@ -4,14 +4,14 @@
 the compiler scheduled it, through loops (times their trips), fusions, calls and conditionals (the longest branch).
 
 The model of time: one device computes one thing after the other, each taking the longer of FLOPs at peak and HBM bytes
-at full bandwidth. Beside it run three queues, each one transfer after the other: the links between chips (ICI), the
-network between slices (DCN), and copies within a device. What starts a transfer goes on at once, what ends it waits.
+at full bandwidth. Beside it run queues, each one transfer after the other: the links of a slice (ICI, NVLink), one for
+each dimension and direction of a torus, the network between slices (DCN, InfiniBand), and copies within a device. A
+collective takes all links that it uses for all of its time. What starts a transfer goes on at once, what ends it waits.
 Left out: latencies, element-wise work beyond its bytes, congestion by other groups, copies and computation slowing
-each other; on the other side, shifts both ways round a ring are taken one after the other.
+each other.
 """
 
 import copy
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from sslx.flops import taps
 from sslx.topology import Generation
 
 
@@ -48,10 +49,10 @@ class Schedule(NamedTuple):
     """Seconds of the modelled step, which is compute_s + exposed_s.
 
     compute_s:     computing, and waiting for the device's own memory.
-    ici_s, dcn_s:  the links are busy.
+    ici_s, dcn_s:  links work, one collective after the other.
     exposed_s:     nothing is computed because of the links.
     async_share:   of the bytes on the wire, what moves beside computation if there is any to do.
-    hidden_share:  of the time that links are busy, what computation covers. Both are 1 if there is no communication.
+    hidden_share:  of the time that some link is busy, what computation covers. Both are 1 without communication.
     """
 
     step_s: float
@@ -282,13 +283,27 @@ def compared(module: Module, inside: Computation, op: Op, argument: Argument) ->
 
 # FLOPs and memory of an op
 
+# Products that XLA leaves to NVIDIA's libraries.
+LIBRARY = re.compile(r'custom_call_target="(__cublas\$(?:gemm|lt\$matmul)|__cudnn\$conv)')
+
+
+def is_product(op: Op) -> bool:
+    return op.opcode in ("dot", "convolution") or op.opcode == "custom-call" and bool(LIBRARY.search(op.attributes))
+
+
 def product_flops(inside: Computation, op: Op) -> int:
     """2 FLOPs per multiply-add of a dot or convolution; zeros that padding and dilation insert are no work."""
     lhs, rhs = (inside.ops[name].shapes[0].dims for name in op.operands[:2])
     out = op.shapes[0].dims
+    if contracting := re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', op.attributes):  # dot, cuBLAS
+        return 2 * math.prod(out) * math.prod(lhs[int(d)] for d in re.findall(r"\d+", contracting.group(1)))
     if op.opcode == "dot":
-        contracting = (op.attribute("lhs_contracting_dims") or "").split(",")
-        return 2 * math.prod(out) * math.prod(lhs[int(d)] for d in contracting if d)
+        return 2 * math.prod(out)
+    # cuDNN's gradients have the window of the forward pass.
+    if "$convBackwardInput" in op.attributes:
+        lhs, out = out, lhs
+    if "$convBackwardFilter" in op.attributes:
+        rhs, out = out, rhs
     of_lhs, of_rhs, of_out = re.split("_|->", op.attribute("dim_labels") or "")
     window = dict(part.split("=") for part in (op.attribute("window") or "").split())
     flops = 2 * out[of_out.index("b")] * out[of_out.index("f")] * rhs[of_rhs.index("i")]
@@ -301,21 +316,15 @@ def product_flops(inside: Computation, op: Op) -> int:
     return flops
 
 
-@functools.cache
-def taps(n_in: int, n_kernel: int, n_out: int, stride: int, pad: int, in_dilation: int, kernel_dilation: int) -> int:
-    """Pairs of an output and a kernel position, along one dimension, that meet an element of the input."""
-    meeting = 0
-    for at in (np.arange(n_out) * stride + k * kernel_dilation - pad for k in range(n_kernel)):
-        meeting += int(np.sum((at >= 0) & (at <= (n_in - 1) * in_dilation) & (at % in_dilation == 0)))
-    return meeting
-
-
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute",
                "collective-broadcast")
 
 # These move no data, or what they call is walked by itself.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
         "while", "call", "conditional", "optimization-barrier", "add-dependency", "custom-call-start", "recv", "domain")
+
+
+FUSIONS = ("fusion", "fusion-start")  # GPU: the latter run beside what follows, up to their fusion-done
 
 
 def hbm(shapes: tuple[Shape, ...]) -> int:
@@ -327,7 +336,7 @@ def traffic(module: Module, inside: Computation, op: Op) -> int:
     if op.opcode in FREE:
         return 0
     read = [inside.ops[name].shapes for name in op.operands]
-    if op.opcode == "fusion":
+    if op.opcode in FUSIONS:
         inner = module.computations[op.called("calls")[0]]
         return sum(fusion_reads(module, inner, i) for i in range(len(read))) + fusion_writes(inner, inner.root)
     if op.opcode in ("dynamic-slice", "slice", "gather"):
@@ -336,6 +345,8 @@ def traffic(module: Module, inside: Computation, op: Op) -> int:
         return 2 * hbm(read[-1] if op.opcode == "scatter" else read[1])
     if op.opcode.endswith("-start"):  # (destination, source, semaphores)
         return hbm(op.shapes)
+    if is_product(op):  # and the library's work space
+        return sum(map(hbm, read)) + hbm(op.shapes[:1])
     return sum(map(hbm, read)) + hbm(op.shapes)
 
 
@@ -428,12 +439,13 @@ def wire_bytes(kind: str, sent: int, n: int) -> int:
 
 
 class Route(NamedTuple):
-    """What a collective crosses; `seconds` of the link per byte that a device puts on the wire."""
+    """What a collective crosses: links, and their seconds per byte that a device puts on the wire."""
 
     axes: tuple[str, ...]
     group: int
     network: str
     seconds: float
+    links: tuple[str, ...]
 
 
 class Network:
@@ -444,9 +456,8 @@ class Network:
         self.mesh, self.generation, self.n = mesh, generation, len(devices)
         # Devices without coordinates (CPUs) stand in a row.
         self.chips = np.array([(getattr(d, "coords", None) or (i, 0, 0)) for i, d in enumerate(devices)])
-        self.slices = np.array([getattr(d, "slice_index", 0) or 0 for d in devices])
+        self.slices = np.array([generation.links.slice_of(d) for d in devices])
         self.shape = np.ptp(self.chips, axis=0) + 1
-        self.wrap = (*generation.wrap(self.shape[:generation.torus_dimensions]), False)[:3]
 
     def axes(self, ids: np.ndarray) -> tuple[str, ...]:
         """The mesh axes along which these devices differ."""
@@ -456,42 +467,36 @@ class Network:
     def route(self, kind: str, op: Op) -> Route:
         """The way of a collective, by its first group: the others are like it.
 
-        Devices along a dimension of the torus send both ways round if it closes (wrap-around links, and the group spans
-        it); else all passes the one link at the open end. A group that spans several dimensions uses the links of each.
-        All devices of a chip share its links; those in one group share the data too.
+        All devices of a chip share its links, and all of a slice what leaves it. Those in one group share the data too,
+        but for an all-to-all, where each sends its own. DCN is slower than the links that lead to it.
         """
         found = groups(op, self.n)
         if kind == "collective-permute":
             return self.permute_route(found)
-        axes, group, n = self.axes(found[0]), found[0], found.shape[1]
+        g, axes, group, n = self.generation, self.axes(found[0]), found[0], found.shape[1]
+        exchanged, chips = kind.endswith("all-to-all"), self.chips[group]
         if np.ptp(self.slices[group]):
-            return Route(axes, n, "dcn", self.dcn_seconds())
-        g, chips = self.generation, self.chips[group]
+            in_slice = n // len(np.unique(self.slices[group]))
+            leaving = (n - in_slice) / (n - 1) if exchanged else 1 / in_slice
+            return Route(axes, n, "dcn", self.dcn_seconds() * leaving, ("dcn",))
         on_chip = n // len(np.unique(chips, axis=0))
-        spans = {d: len(np.unique(chips[:, d])) for d in range(3) if np.ptp(chips[:, d])}
-        if not spans:  # the devices of one chip, through its memory
-            return Route(axes, n, "ici", 1 / g.hbm_bytes_s)
-        ways = {d: 2 if self.wrap[d] and span == self.shape[d] else 1 for d, span in spans.items()}
-        if kind.endswith("all-to-all"):
-            # Half of all data crosses the cut through the middle of the longest dimension: of what each device of a
-            # row across it holds, a quarter each way, over one link, or two where the ring closes behind.
-            load = max(span / (4 * ways[d]) for d, span in spans.items()) * n / (n - 1)
-            return Route(axes, n, "ici", g.devices_per_chip * load / g.ici_bytes_s)
-        return Route(axes, n, "ici", g.devices_per_chip / on_chip / (g.ici_bytes_s * sum(ways.values())))
+        if on_chip == n:
+            return Route(axes, n, "ici", 1 / g.hbm_bytes_s, ("memory",))
+        load, links = (g.links.exchange if exchanged else g.links.gather)(chips, self.shape)
+        return Route(axes, n, "ici", g.devices_per_chip * load / (1 if exchanged else on_chip) / g.ici_bytes_s, links)
 
     def permute_route(self, pairs: np.ndarray) -> Route:
-        """The way of a shift: a link carries as many transfers, one way, as the longest has hops along a dimension."""
+        """The way of a shift from device to device."""
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]
         axes = tuple(a for a in self.mesh.axis_names if any(a in self.axes(pair) for pair in pairs))
         n = cycle_length(pairs)
         if (self.slices[pairs[:, 0]] != self.slices[pairs[:, 1]]).any():
-            return Route(axes, n, "dcn", self.dcn_seconds())
-        hops = abs(self.chips[pairs[:, 0]] - self.chips[pairs[:, 1]])
-        hops = np.where(self.wrap, np.minimum(hops, self.shape - hops), hops)
-        g = self.generation
-        if not hops.any():
-            return Route(axes, n, "ici", 1 / g.hbm_bytes_s)
-        return Route(axes, n, "ici", g.devices_per_chip * int(hops.max()) / g.ici_bytes_s)
+            return Route(axes, n, "dcn", self.dcn_seconds(), ("dcn",))
+        g, sources, targets = self.generation, self.chips[pairs[:, 0]], self.chips[pairs[:, 1]]
+        if (sources == targets).all():
+            return Route(axes, n, "ici", 1 / g.hbm_bytes_s, ("memory",))
+        load, links = g.links.shift(sources, targets, self.shape)
+        return Route(axes, n, "ici", g.devices_per_chip * load / g.ici_bytes_s, links)
 
     def across_slices(self) -> Route:
         """The way of a transfer between corresponding devices of all slices."""
@@ -499,7 +504,7 @@ class Network:
         first = {int(s): places[:, self.slices == s].min(axis=1) for s in np.unique(self.slices)}
         moves = np.ptp(np.stack(list(first.values())), axis=0) > 0
         axes = tuple(a for a, moved in zip(self.mesh.axis_names, moves, strict=True) if moved)
-        return Route(axes, len(first), "dcn", self.dcn_seconds())
+        return Route(axes, len(first), "dcn", self.dcn_seconds(), ("dcn",))
 
     def dcn_seconds(self) -> float:
         """Per byte of a device: those of a host share its network cards and all send at once."""
@@ -530,26 +535,42 @@ TICK = 1e-12  # seconds. Times are whole picoseconds, so that what is all expose
 
 @dataclass
 class Timeline:
-    """The clock of the computing device, when each queue is free again, when transfers end, and sums."""
+    """The clock of the computing device, when each queue is free again, when transfers end, and sums.
+
+    ends:    of transfers that are under way, and whether they are copies.
+    serial:  what links work by network, one after the other.
+    covered: until when some link is at work; `busy` is how long there was one.
+    """
 
     now: int = 0
     free: dict[str, int] = field(default_factory=dict)
-    ends: dict[str, tuple[str, int]] = field(default_factory=dict)  # key -> (queue, end)
+    ends: dict[str, tuple[bool, int]] = field(default_factory=dict)
+    covered: int = 0
+    busy: int = 0
     flops: int = 0
     hbm_bytes: int = 0
-    busy: dict[str, int] = field(default_factory=lambda: {"ici": 0, "dcn": 0})
+    serial: dict[str, int] = field(default_factory=lambda: {"ici": 0, "dcn": 0})
     exposed: int = 0
     collectives: dict[tuple, tuple[int, int, int]] = field(default_factory=dict)
 
-    def enqueue(self, queue: str, ticks: int) -> int:
-        """When a transfer that is ready now will have ended."""
-        self.free[queue] = max(self.now, self.free.get(queue, 0)) + ticks
-        return self.free[queue]
+    def enqueue(self, queues: tuple[str, ...], ticks: int) -> tuple[int, int]:
+        """When a transfer that is ready now begins, and when it has ended."""
+        begins = max(self.now, *(self.free.get(queue, 0) for queue in queues))
+        self.free |= dict.fromkeys(queues, begins + ticks)
+        return begins, begins + ticks
 
-    def wait(self, queue: str, end: int, times: int) -> None:
+    def communicate(self, route: Route, ticks: int, times: int) -> int:
+        """When a transfer over links has ended."""
+        begins, end = self.enqueue(route.links, ticks)
+        self.serial[route.network] += times * ticks
+        self.busy += times * max(0, end - max(begins, self.covered))
+        self.covered = max(self.covered, end)
+        return end
+
+    def wait(self, copies: bool, end: int, times: int) -> None:
         """Until a transfer's end. Waiting for links is exposed communication, for copies it is the device's own."""
         if end > self.now:
-            self.exposed += times * (end - self.now) * (queue != "copies")
+            self.exposed += times * (end - self.now) * (not copies)
             self.now = end
 
 
@@ -614,7 +635,7 @@ class Walk:
         # A later step of a transfer that is under way, fused with products.
         later_step = transfer and transfer.phase == "both" and transfer.key in timeline.ends
         if transfer and transfer.phase == "done":
-            timeline.wait(*timeline.ends.pop(transfer.key, ("copies", 0)), times)
+            timeline.wait(*timeline.ends.pop(transfer.key, (True, 0)), times)
             return
         moves_itself = transfer is None or later_step or not transfer.collectives
         moved = traffic(self.module, inside, op) if moves_itself else 0
@@ -632,25 +653,24 @@ class Walk:
     def launch(self, transfer: Transfer, copying: int, timeline: Timeline, times: int) -> None:
         """Puts a transfer into its queue: its collectives, or without any a copy that takes so long."""
         for kind, wire, route in transfer.collectives:
-            duration = ticks(wire * route.seconds)
-            timeline.busy[route.network] += times * duration
             at = (kind, route.axes, route.group, transfer.phase == "start", route.network)
             count, total, largest = timeline.collectives.get(at, (0, 0, 0))
             timeline.collectives[at] = (count + times, total + times * wire, max(largest, wire))
-            timeline.ends[transfer.key] = (route.network, timeline.enqueue(route.network, duration))
+            end = timeline.communicate(route, ticks(wire * route.seconds), times)
+            timeline.ends[transfer.key] = (False, max(end, timeline.ends.get(transfer.key, (False, 0))[1]))
         if not transfer.collectives:
-            timeline.ends[transfer.key] = ("copies", timeline.enqueue("copies", copying))
+            timeline.ends[transfer.key] = (True, timeline.enqueue(("copies",), copying)[1])
 
     def flops(self, inside: Computation, op: Op) -> int:
         """FLOPs of one execution, with what is fused into it."""
-        if op.opcode in ("dot", "convolution"):
+        if is_product(op):
             return product_flops(inside, op)
         if op.opcode == "custom-call":
             name, target = op.name.split(".")[0], op.attribute("custom_call_target") or ""
             if name not in self.kernels and re.search("tpu_custom_call|matmul|gemm|conv|cudnn", target):
                 self.unknown_kernels[name] = None
             return self.kernels.get(name, 0)
-        if op.opcode == "fusion":
+        if op.opcode in FUSIONS:
             inner = self.module.computations[op.called("calls")[0]]
             return sum(self.flops(inner, fused) for fused in inner.ops.values())
         return 0
@@ -735,12 +755,12 @@ class Walk:
 
     def program(self, timeline: Timeline) -> Program:
         """The sums. No schedule reads and writes faster than the memory."""
-        exposed, ici, dcn = (TICK * n for n in (timeline.exposed, *timeline.busy.values()))
+        exposed, ici, dcn = (TICK * n for n in (timeline.exposed, *timeline.serial.values()))
         compute = max(TICK * (timeline.now - timeline.exposed), timeline.hbm_bytes / self.generation.hbm_bytes_s)
         collectives = [Collective(kind, axes, group, count, total, largest, is_async, network)
                        for (kind, axes, group, is_async, network), (count, total, largest)
                        in timeline.collectives.items() if total]
-        wire, busy = sum(c.wire_bytes for c in collectives), sum(timeline.busy.values())
+        wire, busy = sum(c.wire_bytes for c in collectives), timeline.busy
         schedule = Schedule(compute + exposed, compute, ici, dcn, exposed,
                             sum(c.wire_bytes for c in collectives if c.is_async) / wire if wire else 1.0,
                             (busy - timeline.exposed) / busy if busy else 1.0)

@@ -1,5 +1,6 @@
-"""Compiling for slices that are not here, with the real TPU compiler."""
+"""Compiling for slices that are not here, with the real compilers of TPUs and GPUs."""
 
+import importlib.util
 import json
 import re
 import runpy
@@ -10,7 +11,7 @@ from experiments import PODS, ROOT
 
 from sslx import aot, train
 from sslx.optim import DECAYED
-from sslx.topology import topology
+from sslx.topology import CUDA, topology
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install 'sslx[tpu]'")
 
@@ -63,6 +64,20 @@ def test_roofline_is_an_interval(sharded):
 def test_a_slice_that_does_not_exist_is_refused(capsys):
     assert aot.main([*QUICKSTART, "--topology", "v5e:32x32"]) == 2
     assert "'v5e:32x32' does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not any(map(importlib.util.find_spec, CUDA.packages)), reason="JAX's CUDA plugin is missing")
+def test_gpus_run_the_counted_flops_with_cudnn_attention_and_reduce_between_hosts(tmp_path):
+    out, text = tmp_path / "report.json", ["--config", f"{ROOT}/configs/causal_1b.py:debug"]
+    longer = ["--config.model.max_length=256", "--config.data.synthetic.length=256", "--config.data.batch_size=16"]
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=8"]
+    assert aot.main([*text, *longer, *mesh, "--topology", "h100:2x8", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found.keys() >= KEYS and found["unknown_trips"] == found["unknown_kernels"] == []
+    assert found["flops_per_device"] == pytest.approx(found["flops_hw_per_device"], rel=0.01)
+    assert {c["network"] for c in found["collectives"] if c["axes"] == ["fsdp"]} == {"ici"}
+    assert {c["network"] for c in found["collectives"] if "data" in c["axes"]} == {"dcn"}
+    assert 0 < found["hbm_peak_bytes"] < found["hbm_limit_bytes"]
 
 
 @pytest.mark.slow

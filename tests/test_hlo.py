@@ -1,9 +1,8 @@
-"""Compiled programs: real ones for absent TPUs against counts by hand, and each piece of the syntax by itself."""
+"""Compiled programs: real ones for absent TPUs and GPUs against counts by hand, and each piece of the syntax."""
 
 import functools
 import importlib.util
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +13,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx import flops, hlo
-from sslx.topology import GENERATIONS, arrange, topology
+from sslx.topology import CUDA, GENERATIONS, arrange, topology
 
 libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is missing")
+cuda = pytest.mark.skipif(not any(map(importlib.util.find_spec, CUDA.packages)), reason="JAX's CUDA plugin is missing")
 
 AXES = ("data", "fsdp", "tensor")
 
 
 # Real programs
 
-def tpu_mesh(name, shape, mode=AxisType.Explicit):
+def absent_mesh(name, shape, mode=AxisType.Explicit):
     slices = topology(name)
     devices = arrange(shape, slices.devices, slices.slices)
     return Mesh(devices, AXES, axis_types=(mode,) * 3), slices.generation
@@ -31,10 +31,11 @@ def tpu_mesh(name, shape, mode=AxisType.Explicit):
 
 def compiled(fn, name, shape, *arguments, options=None, kernels=None, mode=AxisType.Explicit):
     """The analysis of fn(*arguments), each (shape, dtype, spec), compiled for a topology and mesh."""
-    mesh, generation = tpu_mesh(name, shape, mode)
+    mesh, generation = absent_mesh(name, shape, mode)
     with jax.set_mesh(mesh):
         given = [jax.ShapeDtypeStruct(s, d, sharding=NamedSharding(mesh, p)) for s, d, p in arguments]
-        program = jax.jit(fn).trace(*given).lower(lowering_platforms=("tpu",)).compile(compiler_options=options)
+        lowered = jax.jit(fn).trace(*given).lower(lowering_platforms=(generation.compiler.platform,))
+        program = lowered.compile(compiler_options=options)
     return hlo.analyze(program.as_text(), mesh, generation, kernels or {})
 
 
@@ -165,19 +166,46 @@ def test_kernels_are_counted_as_given_and_of_branches_the_longest():
     assert compiled(fn, "v5e:2x2", (1, 4, 1), *arguments).unknown_kernels == ("multiply",)
 
 
-@libtpu
-@pytest.mark.parametrize("groups, strides", [(1, 1), (1, 2), (4, 1)])
-def test_convolutions_and_their_gradients_agree_with_the_jaxpr(groups, strides):
+@pytest.mark.parametrize("groups, strides, padding", [(1, 1, 0), (1, 2, 0), (4, 1, 0), (1, 1, 1), (1, 2, 1)])
+@pytest.mark.parametrize("name", [pytest.param("v5e:2x2", marks=libtpu), pytest.param("h100:1x4", marks=cuda)])
+def test_convolutions_and_their_gradients_agree_with_the_jaxpr(name, groups, strides, padding):
     def loss(kernel, x):
-        y = jax.lax.conv_general_dilated(x, kernel, (strides, strides), "VALID", feature_group_count=groups,
-                                         dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = jax.lax.conv_general_dilated(x, kernel, (strides, strides), [(padding, padding)] * 2,
+                                         feature_group_count=groups, dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return (y.astype(jnp.float32) ** 2).sum()
 
+    if groups > 1 and name.startswith("h100"):
+        pytest.skip("every GPU computes all rows of a grouped convolution: the compiler gathers them")
     kernel, x = ((3, 3, 64 // groups, 128), jnp.bfloat16, P()), ((32, 17, 17, 64), jnp.bfloat16, P("fsdp"))
-    step = jax.value_and_grad(loss)
-    program = compiled(step, "v5e:2x2", (1, 4, 1), kernel, x)
+    step = jax.value_and_grad(loss, (0, 1))
+    program = compiled(step, name, (1, 4, 1), kernel, x)
     counted = flops.count(step, *(jax.ShapeDtypeStruct(s, d) for s, d, _ in (kernel, x)))
     assert program.flops == counted.hw_total // 4
+
+
+@cuda
+@pytest.mark.parametrize("triton", [True, False], ids=["Triton", "cuBLAS"])
+def test_gpus_gather_over_nvlink_and_reduce_between_hosts(triton):
+    """Weights are shared by the eight of a host; the compiler sums a gradient whole, over both hosts, in one."""
+    n, options = 8, {"xla_gpu_enable_triton_gemm": triton}
+    program = trained("h100:2x8", (2, n, 1), 2 * n * 1024, tuple(options.items()))
+    assert program.unknown_trips == program.unknown_kernels == ()
+    assert program.flops == 3 * LAYERS * 2 * 1024 * WIDTH * WIDTH
+    wire = LAYERS * WIDTH * WIDTH * 2 * (n - 1) // n
+    assert of(program, "all-gather", ("fsdp",)) == (LAYERS, wire)
+    assert of(program, "all-reduce", ("data", "fsdp")) == (LAYERS, LAYERS * 2 * WIDTH * WIDTH * 2 * 15 // 16)
+    assert {c.network for c in program.collectives if c.axes == ("fsdp",)} == {"ici"}
+    assert {c.network for c in program.collectives if "data" in c.axes} == {"dcn"}
+    assert program.schedule.ici_s == pytest.approx(wire / 450e9, rel=1e-3)
+
+
+@cuda
+def test_control_of_gpus_reads_zero_hidden():
+    generation = GENERATIONS["h100"]
+    hides = trained("h100:2x8", (1, 16, 1), ROWS, tuple(generation.overlap.items())).schedule
+    assert hides.async_share > 0.99 and hides.hidden_share > 0.1
+    idle = trained("h100:2x8", (1, 16, 1), ROWS, tuple(generation.compiler.control.items())).schedule
+    assert (idle.async_share, idle.hidden_share) == (0, 0)
 
 
 def test_a_program_of_the_cpu():
@@ -209,10 +237,27 @@ def test_a_program_of_the_cpu():
     ("v5p:8x8x8", (64, 1, 8), "all-to-all", "mesh['a'=64,'b'=8] {'b'}", 7 / 8),  # 8 / 8 of it passes a link
 ])
 def test_links_of_a_group(name, shape, kind, groups, links):
-    mesh, generation = tpu_mesh(name, shape)
+    mesh, generation = absent_mesh(name, shape)
     op = hlo.parse_op("x", f"bf16[8]{{0}} {kind}(%y), channel_id=1, replica_groups={groups}, dimensions={{0}}")
     route = hlo.Network(mesh, generation).route(kind, op)
     assert 1 / route.seconds == pytest.approx(links * generation.ici_bytes_s)
+
+
+@libtpu
+@pytest.mark.parametrize("kind, groups, network, seconds", [
+    ("all-gather", "[4,4]<=[16]", "ici", 1 / 450e9),  # within a host
+    ("all-to-all", "[4,4]<=[16]", "ici", 1 / 450e9),
+    ("all-gather", "[1,16]<=[16]", "dcn", 1 / 400e9),  # those of a host pass on the same data, each a part of it
+    ("all-reduce", "[4,4]<=[4,4]T(1,0)", "dcn", 4 / 400e9),  # each has data of its own
+    ("all-to-all", "[1,16]<=[16]", "dcn", 12 / 15 * 4 / 400e9),  # 12 of 15 parts leave the host
+])
+def test_a_switch_joins_the_devices_of_a_host(kind, groups, network, seconds):
+    """With TPUs of four hosts, which know their host as GPUs do."""
+    devices = sorted(topology("v5e:4x4").devices, key=lambda d: d.process_index)
+    mesh = Mesh(np.asarray(devices), "x")
+    op = hlo.parse_op("x", f"bf16[8]{{0}} {kind}(%y), channel_id=1, replica_groups={groups}, dimensions={{0}}")
+    route = hlo.Network(mesh, GENERATIONS["h100"]._replace(chips_per_host=4)).route(kind, op)
+    assert (route.network, route.seconds) == (network, pytest.approx(seconds))
 
 
 # The syntax
@@ -334,6 +379,44 @@ def test_in_a_loop_every_trip_waits_for_its_transfer():
     assert program.schedule == pytest.approx((5 * 448, 5 * 128, 5 * 448, 0, 5 * 320, 1, 128 / 448))
 
 
+@pytest.mark.parametrize("product, flops", [
+    ('%y = (f32[4,4]{1,0}, s8[4096]{0}) custom-call(%x, %x), custom_call_target="__cublas$lt$matmul", backend_config='
+     '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}', 128),
+    ('%y = (f32[4,4]{1,0}, s8[4096]{0}) custom-call(%x, %x), custom_call_target="__cublas$gemm", backend_config='
+     '{"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["0","1"]}}}', 512),
+    ('%y = (f32[4,4]{1,0}, u8[0]{0}) custom-call(%x, %x), custom_call_target="__cudnn$fmhaSoftmax"', None)])
+def test_products_of_nvidias_libraries(product, flops):
+    """On a 4 x 4 matrix; each reads it twice and writes it, 3 x 64 bytes, its work space apart."""
+    program = cpu_program(loop(inside="  " + product))
+    if flops is None:
+        assert (program.flops, program.unknown_kernels) == (0, ("y",))
+    else:
+        assert (program.flops, program.unknown_kernels) == (3 * flops, ())
+        assert program.hbm_bytes == pytest.approx(3 * 3 * 64, abs=3 * 12 + 1)  # and the loop's counter
+
+
+def test_a_fusion_beside_others_is_waited_for_where_it_is_done():
+    """It writes a row of 8 bytes into a stack of 64 rows: read and written are 16 bytes, and no more of the stack."""
+    fused = """%fused (s: f32[64,2], r: f32[1,2]) -> f32[64,2] {
+  %s = f32[64,2] parameter(0)
+  %r = f32[1,2] parameter(1)
+  %at = s32[] constant(0)
+  ROOT %new = f32[64,2] dynamic-update-slice(%s, %r, %at, %at)
+}
+
+"""
+    inside = """  %stack = f32[64,2]{1,0:S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %f = ((f32[64,2], f32[1,2]), f32[64,2], u32[]) fusion-start(%stack, %row), kind=kLoop, calls=%fused
+""" + DOT.replace("f32[4,4]{1,0} dot(%x, %x)", "f32[4,4]{1,0:S(1)} dot(%near, %near)") + """
+  %e = f32[64,2] fusion-done(%f)"""
+    near = """  %near = f32[4,4]{1,0:S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %row = f32[1,2] custom-call(), custom_call_target="AllocateBuffer"
+"""
+    program = cpu_program(loop(inside=near + inside).replace("%condition (p", fused + "%condition (p", 1))
+    assert program.flops == 3 * 128
+    assert program.hbm_bytes == pytest.approx(3 * (8 + 8 + 8), abs=3 * 12 + 1)
+
+
 def test_what_is_under_way_when_a_loop_begins_delays_its_first_trip():
     gather = "{}all-gather-start({}), channel_id=1, replica_groups=[1,8]<=[8]"
     inside = gather.format("  %g = (f32[4,4], f32[32,4]) ", "%x") + f"\n{DOT}\n  %d = f32[32,4] all-gather-done(%g)"
@@ -437,13 +520,3 @@ ENTRY %main (stack: f32[100,16], at: s32[], v: f32[16]) -> f32[100,16] {
 """, hbm_bytes_s=64.0)
     assert program.hbm_bytes == pytest.approx(64 + 64 + 64, abs=8)  # the copy reads 64; on the chip nothing counts
     assert program.schedule.step_s == pytest.approx(program.hbm_bytes / 64)
-
-
-@pytest.mark.parametrize("n_in, n_kernel, stride, pad, dilate_in, dilate_kernel", [
-    (8, 3, 1, (0, 0), 1, 1), (8, 3, 2, (1, 1), 1, 1), (5, 4, 1, (3, 3), 2, 1), (9, 2, 1, (1, 2), 1, 3),
-    (4, 4, 3, (0, 0), 4, 1)])
-def test_taps_are_what_a_convolution_of_ones_adds_up(n_in, n_kernel, stride, pad, dilate_in, dilate_kernel):
-    y = jax.lax.conv_general_dilated(jnp.ones((1, 1, n_in)), jnp.ones((1, 1, n_kernel)), (stride,), [pad],
-                                     (dilate_in,), (dilate_kernel,))
-    taps = hlo.taps(n_in, n_kernel, y.shape[-1], stride, pad[0], dilate_in, dilate_kernel)
-    assert taps == int(y.sum()) and taps <= math.prod(y.shape) * n_kernel

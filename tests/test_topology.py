@@ -12,13 +12,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.config import UserError
-from sslx.topology import GENERATIONS, arrange, topology
+from sslx.topology import CUDA, GENERATIONS, LIBTPU, arrange, topology
 
 libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is missing")
+cuda = pytest.mark.skipif(not any(map(importlib.util.find_spec, CUDA.packages)), reason="JAX's CUDA plugin is missing")
+
+TPUS, GPUS = ([g for g in GENERATIONS.values() if g.compiler is compiler] for compiler in (LIBTPU, CUDA))
 
 
 @pytest.mark.parametrize("name, near", [("v5p:4x4x5", "v5p:4x4x4"), ("v5e:32x32", "v5e:"), ("v5p-256", "v5p:"),
-                                        ("v7x:4x4x4", "v4:4x4x4"), ("0xv5e:4x4", "slices"), ("", "v4")])
+                                        ("v7x:4x4x4", "v4:4x4x4"), ("0xv5e:4x4", "slices"), ("", "v4"),
+                                        ("h100:16x9", "h100:16x8"), ("a100:600x8", "a100:")])
 def test_what_does_not_exist_is_refused_with_the_nearest(name, near):
     with pytest.raises(UserError, match=re.escape(near)):
         topology(name)
@@ -31,18 +35,19 @@ def test_the_number_of_slices_is_said_once():
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r'pip install "sslx\[tpu\]"'):
-        topology("v5e:4x4")
+    for name, extra in (("v5e:4x4", "tpu"), ("h100:16x8", "cuda13")):
+        with pytest.raises(UserError, match=rf'pip install "sslx\[{extra}\]"'):
+            topology(name)
 
 
 def test_rings_close_around_whole_cubes_and_the_full_side_of_a_pod():
-    assert GENERATIONS["v5p"].wrap((4, 4, 8)) == (True, True, True)
-    assert GENERATIONS["v5p"].wrap((2, 4, 4)) == (False, False, False)
-    assert GENERATIONS["v5e"].wrap((8, 16)) == (False, True)
+    assert GENERATIONS["v5p"].links.wrap((4, 4, 8)) == (True, True, True)
+    assert GENERATIONS["v5p"].links.wrap((2, 4, 4)) == (False, False, False)
+    assert GENERATIONS["v5e"].links.wrap((8, 16)) == (False, True, False)
 
 
 @libtpu
-@pytest.mark.parametrize("generation", GENERATIONS.values(), ids=GENERATIONS)
+@pytest.mark.parametrize("generation", TPUS, ids=lambda g: g.name)
 def test_the_compiler_knows_every_slice_and_its_memory(generation):
     for shape in generation.shapes:
         chips = math.prod(map(int, shape.split("x")))
@@ -62,12 +67,26 @@ def test_the_compiler_knows_every_slice_and_its_memory(generation):
 
 
 @libtpu
-@pytest.mark.parametrize("generation", GENERATIONS.values(), ids=GENERATIONS)
+@pytest.mark.parametrize("generation", TPUS, ids=lambda g: g.name)
 def test_the_compiler_accepts_the_options_for_overlap(generation):
     mesh = Mesh(np.asarray(topology(f"{generation.name}:{generation.shapes[3]}").devices), "d")
     x = jax.ShapeDtypeStruct((mesh.size, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("d")))
     gather = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, P()))
     gather.trace(x).lower(lowering_platforms=("tpu",)).compile(compiler_options=generation.overlap)
+
+
+@cuda
+@pytest.mark.parametrize("generation", GPUS, ids=lambda g: g.name)
+def test_the_compiler_knows_every_gpu_its_hosts_and_the_options_for_overlap(generation):
+    found = topology(f"{generation.name}:16x8")
+    assert [d.process_index for d in found.devices] == [i // 8 for i in range(128)]
+    assert {d.device_kind for d in found.devices} == {generation.device_kind}
+    mesh = Mesh(np.asarray(found.devices), "d")
+    x = jax.ShapeDtypeStruct((mesh.size, 128), jnp.bfloat16, sharding=NamedSharding(mesh, P("d")))
+    gather = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, P()))
+    lowered = gather.trace(x).lower(lowering_platforms=("cuda",))
+    for options in (generation.overlap, generation.compiler.control):
+        assert "all-gather" in lowered.compile(compiler_options=options).as_text()
 
 
 @libtpu
