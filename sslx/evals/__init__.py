@@ -3,7 +3,7 @@
 The `make(...)` of a file returns `Subject -> {metric: number}`; its keyword arguments are the schema of the
 section of that name in `config.evals`. Beside these sections, config.evals holds
 
-    batch_size  rows of the batches that are evaluated.
+    batch_size  rows of the batches that are evaluated; by default 256, or the next multiple of the mesh's shards.
     labelled    sections of the sources `train` and `test`, whose examples carry `label`.
 
 An evaluation whose section has a `source` gets the built source as the split of its own name.
@@ -78,9 +78,11 @@ def make(section: Mapping[str, Any], objective: Objective, mesh: jax.sharding.Me
     divide over the mesh.
     """
     settings = config.call(machinery, {k: section[k] for k in MACHINERY if k in section}, "evals")
-    if settings.batch_size < 1 or settings.batch_size % batch_shards(mesh):
-        raise UserError(f"evals.batch_size is {settings.batch_size}; it takes a positive multiple of the"
-                        f" {batch_shards(mesh)} shards of a batch on this mesh (data x fsdp)")
+    shards = batch_shards(mesh)
+    batch_size = shards * math.ceil(256 / shards) if settings.batch_size is None else settings.batch_size
+    if batch_size < 1 or batch_size % shards:
+        raise UserError(f"evals.batch_size is {batch_size}; it takes a positive multiple of the {shards} shards of a"
+                        " batch on this mesh (data x fsdp)")
     splits = {k: pipeline.source(s, f"evals.labelled.{k}", on_bad) for k, s in settings.labelled.items()}
     evaluations: dict[str, Evaluation] = {}
     for key, options in section.items():
@@ -94,7 +96,7 @@ def make(section: Mapping[str, Any], objective: Objective, mesh: jax.sharding.Me
             splits[key] = pipeline.source(options.pop("source"), f"evals.{key}.source", on_bad)
         evaluations[key] = config.build("evals", {"name": key, **options}, f"evals.{key}")
 
-    return assemble(evaluations, splits, objective, mesh, batch_size=settings.batch_size, on_bad=on_bad)
+    return assemble(evaluations, splits, objective, mesh, batch_size=batch_size, on_bad=on_bad)
 
 
 def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source], objective: Objective,
@@ -134,11 +136,11 @@ def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source]
 
 
 class Machinery(NamedTuple):
-    batch_size: int
+    batch_size: int | None
     labelled: Mapping[str, Any]
 
 
-def machinery(*, batch_size: int = 256, labelled: Mapping | None = None) -> Machinery:
+def machinery(*, batch_size: int | None = None, labelled: Mapping | None = None) -> Machinery:
     sections = dict(labelled.items()) if labelled else {}
     for key in sections:
         if key not in ("train", "test"):
