@@ -3,8 +3,11 @@
 B batch, T S time of queries and keys, G key-value heads, R query heads per key-value head, K head dim.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from sslx.sharding import spec
@@ -25,41 +28,55 @@ def fused(platform: str, T: int, S: int, K: int, dtype) -> str | None:
     return None
 
 
-def splash(q_BTGRK, k_BSGK, v_BSGK, *, causal: bool, window: int | None, segments) -> jax.Array:
-    """JAX's splash attention for TPU, which skips blocks that the mask hides; heads over `tensor`, T over `context`."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+def splash(q_BTGRK, k_BSGK, v_BSGK, times_T: np.ndarray, *, causal: bool, window: int | None, segments) -> jax.Array:
+    """JAX's splash attention for TPU, which skips blocks that the mask hides; heads over `tensor`, T over `context`.
+
+    The queries have these times, the keys 0 .. S-1.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     B, T, G, R, K = q_BTGRK.shape
-    S, mesh = k_BSGK.shape[1], jax.sharding.get_abstract_mesh()
-    mask: masks.Mask
-    if window is not None:
-        mask = masks.LocalMask((T, S), (window - 1, 0 if causal else window - 1), offset=0)
-    else:
-        mask = masks.CausalMask((T, S)) if causal else masks.FullMask((T, S))
-    q_block = next(b for b in BLOCKS if T // mesh.shape["context"] % b == 0)
-    kv_block = next(b for b in BLOCKS if S % b == 0)
-    sizes = kernel.BlockSizes(q_block, kv_block, block_q_dkv=q_block, block_kv_dkv=kv_block, use_fused_bwd_kernel=True)
-    attend = kernel.make_splash_mha(masks.MultiHeadMask([mask] * (G * R)), block_sizes=sizes,
-                                    head_shards=mesh.shape["tensor"], q_seq_shards=mesh.shape["context"])
+    mesh = jax.sharding.get_abstract_mesh()
+    attend = splash_kernel(times_T, k_BSGK.shape[1], G * R, causal, window)
     heads, keys = spec("batch", "heads", "sequence"), spec("batch", "heads")
-
     ids = segments and (spec("batch", "sequence"), spec("batch"))
 
     def local(attend, q_BHTK, k_BGSK, v_BGSK, segments):
-        return jax.vmap(attend)(q_BHTK, k_BGSK, v_BGSK, segments and kernel.SegmentIds(*segments))
+        return jax.vmap(attend)(q_BHTK, k_BGSK, v_BGSK, segments and SegmentIds(*segments))
 
     # Each device holds the rows of the mask that it computes.
     shards = attend.manual_sharding_spec(NamedSharding(mesh, spec("heads", "sequence")))
-    attend = jax.tree.map(jax.sharding.reshard, attend, shards)
-    over_mesh = jax.shard_map(local, in_specs=(shards, heads, keys, keys, ids), out_specs=heads, check_vma=False)
+    cut = (shards, heads, keys, keys, ids)
     q_BHTK = (q_BTGRK * K**-0.5).reshape(B, T, G * R, K).swapaxes(1, 2)
-    y_BHTK = over_mesh(attend, q_BHTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), segments)
+    arguments = (attend, q_BHTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), segments)
+    y_BHTK = jax.shard_map(local, in_specs=cut, out_specs=heads, check_vma=False)(
+        *jax.tree.map(jax.sharding.reshard, arguments, cut))
     return y_BHTK.swapaxes(1, 2).reshape(q_BTGRK.shape)
 
 
+def splash_kernel(times_T: np.ndarray, S: int, heads: int, causal: bool, window: int | None):
+    """The kernel for queries of these times, whose rows of the mask lie over `context`, and its heads over `tensor`."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, mesh = len(times_T), jax.sharding.get_abstract_mesh()
+    mask: masks.Mask = masks.FullMask((T, S))
+    if causal or window is not None:
+        sides = None if window is None else (window - 1, 0 if causal else window - 1)
+        mask = masks.CausalMask((T, S)) if sides is None else masks.LocalMask((T, S), sides, offset=0)
+        mask.q_sequence = times_T
+    # A block of queries lies on one device and, where such blocks are wide enough, in one stretch of time.
+    ends = 1 + np.flatnonzero(np.diff(times_T) != 1)
+    stretch = math.gcd(T // mesh.shape["context"], *ends.tolist())
+    q_block = next((b for b in BLOCKS if stretch % b == 0), LANES)
+    kv_block = next(b for b in BLOCKS if S % b == 0)
+    sizes = kernel.BlockSizes(q_block, kv_block, block_q_dkv=q_block, block_kv_dkv=kv_block, use_fused_bwd_kernel=True)
+    return kernel.make_splash_mha(masks.MultiHeadMask([mask] * heads), block_sizes=sizes,
+                                  head_shards=mesh.shape["tensor"], q_seq_shards=mesh.shape["context"])
+
+
 def cudnn(q_BTGRK, k_BSGK, v_BSGK, *, causal: bool, window: int | None) -> jax.Array:
-    """cuDNN's flash attention; heads over `tensor`."""
+    """cuDNN's flash attention; heads over `tensor`. `context` must be one device."""
     B, T, G, R, K = q_BTGRK.shape
     sides = None if window is None else (window - 1, 0 if causal else window - 1)
 
@@ -67,6 +84,6 @@ def cudnn(q_BTGRK, k_BSGK, v_BSGK, *, causal: bool, window: int | None) -> jax.A
         return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, is_causal=causal, local_window_size=sides,
                                             implementation="cudnn")
 
-    heads = spec("batch", None, "heads")
-    over_mesh = jax.shard_map(local, in_specs=(heads,) * 3, out_specs=heads, check_vma=False)
+    queries, keys = spec("batch", "sequence", "heads"), spec("batch", None, "heads")
+    over_mesh = jax.shard_map(local, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)
     return over_mesh(q_BTGRK.reshape(B, T, G * R, K), k_BSGK, v_BSGK).reshape(q_BTGRK.shape)

@@ -18,10 +18,11 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from sslx import flops, kernels
+from sslx import flops, kernels, zigzag
 from sslx.config import UserError
 from sslx.sharding import RULES, axis_size, gather, platform, residual, spec, whole
 
@@ -138,13 +139,13 @@ def rope(x, positions_BT, base: float = 10_000.0):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def visible(mask: Mask, T: int, S: int, window: int | None = None, prefix_B=None, segments: tuple | None = None):
-    """Which keys a query sees: bool [1 or B, T, S], or None for all.
+def visible(mask: Mask, times_T, S: int, window: int | None = None, prefix_B=None, segments: tuple | None = None):
+    """Which keys 0 .. S-1 the queries of these times see: bool [1 or B, T, S], or None for all.
 
     causal: s <= t. window: |t - s| < window. prefix: s < prefix_B as well. segments: (of queries [B, T], of keys
     [B, S]) must be equal.
     """
-    ahead_TS = jnp.arange(S) - jnp.arange(T)[:, None]
+    ahead_TS = jnp.arange(S) - times_T[:, None]
     seen = None
     if mask != "bidirectional":
         seen = (ahead_TS <= 0)[None]
@@ -167,21 +168,27 @@ def needed_pairs(mask: Mask, T: int, S: int, window: int | None) -> int:
 
 
 def attention(q_BTGRK, k_BSGK, v_BSGK, *, mask: Mask, window: int | None = None, prefix_B=None, segments=None,
-              bias_GRTS=None):
+              bias_GRTS=None, zigzagged: bool = False):
     """softmax(q k^T / sqrt(K) + bias, over visible keys) v, float32 inside; [B, T, G, R, K] in the dtype of q.
 
     Keys and values are gathered over `context`. A fused kernel where there is one for the mesh's devices, the mask
     and the shapes, else plain products. Rows that see no key do not occur: a query sees at least itself.
+    zigzagged: queries, keys and values come in zigzag order, and so do the queries' side of `segments` and `bias_GRTS`;
+    the keys' side is in order of time.
     """
     T, S = q_BTGRK.shape[1], k_BSGK.shape[1]
     k_BSGK, v_BSGK = (jax.sharding.reshard(x, spec("batch", None, "heads")) for x in (k_BSGK, v_BSGK))
+    if zigzagged:
+        k_BSGK, v_BSGK = zigzag.restore(k_BSGK), zigzag.restore(v_BSGK)
+    times_T = zigzag.times(T) if zigzagged else np.arange(T, dtype=np.int32)
     needed = (needed_pairs(mask, T, S, window), T * S)
-    kernel = kernels.fused(platform(), T, S, q_BTGRK.shape[-1], q_BTGRK.dtype)
+    kernel = kernels.fused(platform(), T // axis_size("sequence"), S, q_BTGRK.shape[-1], q_BTGRK.dtype)
     if bias_GRTS is None and mask != "prefix":
         causal = mask == "causal"
         if kernel == "splash":
             with flops.scaled(*needed):
-                return kernels.splash(q_BTGRK, k_BSGK, v_BSGK, causal=causal, window=window, segments=segments)
+                return kernels.splash(q_BTGRK, k_BSGK, v_BSGK, times_T, causal=causal, window=window,
+                                      segments=segments)
         if kernel == "cudnn" and segments is None and axis_size("sequence") == 1:
             return kernels.cudnn(q_BTGRK, k_BSGK, v_BSGK, causal=causal, window=window)
     with flops.scaled(*needed):
@@ -189,7 +196,7 @@ def attention(q_BTGRK, k_BSGK, v_BSGK, *, mask: Mask, window: int | None = None,
     logits = logits / math.sqrt(q_BTGRK.shape[-1])
     if bias_GRTS is not None:
         logits = logits + bias_GRTS
-    seen = visible(mask, T, S, window, prefix_B, segments)
+    seen = visible(mask, times_T, S, window, prefix_B, segments)
     if seen is not None:
         logits = jnp.where(seen[:, None, None], logits, -1e30)
     p = jax.nn.softmax(logits, -1).astype(q_BTGRK.dtype)
@@ -257,8 +264,9 @@ class Experts(nn.Module):
     """A mixture of SwiGLU experts: y_t = sum of p_te MLP_e(x_t) over the top_k experts e of t (Shazeer et al. 2017).
 
     p are the router's top_k probabilities, normed to sum to one. An expert takes at most `capacity` times its even
-    share, top_k T / n, of the tokens of a row, first choices first; the others pass it by. Which these are depends on
-    their row alone, and so not on the mesh. `shared` experts' worth of hidden units see every token (Dai et al. 2024).
+    share, top_k T / n, of the tokens of a row, first choices first, then by time; the others pass it by. Which these
+    are depends on their row alone, and so not on the mesh. `shared` experts' worth of hidden units see every token (Dai
+    et al. 2024).
     The gradient of balance * n sum_e f_e P_e, f the shares of choices and P the mean probabilities of the global batch
     (Fedus et al. 2022), is added to the loss's, whose value stays as it is.
 
@@ -276,11 +284,13 @@ class Experts(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x_BTD):
-        T, D = x_BTD.shape[1:]
+    def __call__(self, tokens_BTD, zigzagged: bool = False):
+        T, D = tokens_BTD.shape[1:]
         E, K, N = self.n, self.top_k, self.top_k * T
         C = min(T, math.ceil(self.capacity * N / E))
-        x_BTD = whole(x_BTD)
+        x_BTD = whole(tokens_BTD)
+        if zigzagged:
+            x_BTD = zigzag.restore(x_BTD)
         routed = Linear(E, ("embed", None), bias=False, name="router")(x_BTD)  # in float32: choices are discrete
         p_BTE = jax.nn.softmax(routed)
         gate_BTK, expert_BTK = jax.lax.top_k(p_BTE, K)
@@ -306,11 +316,15 @@ class Experts(nn.Module):
         y_BND = jnp.take_along_axis(y_BECD.reshape(-1, E * C, D), from_BN[..., None], 1)
         gate_BN = jnp.concatenate([gate_BTK[..., k] for k in range(K)], 1) * (place_BN < C)
         y_BND = y_BND * gate_BN[..., None].astype(self.dtype)
-        y_BTD = jax.sharding.reshard(sum(jnp.split(y_BND, K, 1)), residual(T))
+        first, *others = jnp.split(y_BND, K, 1)
+        y_BTD = sum(others, first)
+        if zigzagged:
+            y_BTD = zigzag.arrange(y_BTD)
+        y_BTD = jax.sharding.reshard(y_BTD, residual(T))
         if not self.shared:
             return y_BTD
         hidden = self.shared * self.hidden
-        return y_BTD + Mlp(hidden, "swiglu", False, self.out_scale, self.dtype, name="shared")(x_BTD)
+        return y_BTD + Mlp(hidden, "swiglu", False, self.out_scale, self.dtype, name="shared")(tokens_BTD)
 
     def experts(self, x_BECD, needed):
         E, D, F = self.n, x_BECD.shape[-1], self.hidden
@@ -377,9 +391,15 @@ class Block(nn.Module):
         hidden = self.hidden or 4 * x_BTD.shape[-1]
         if self.experts:
             mlp = Experts(**self.experts, hidden=hidden, out_scale=self.out_scale, dtype=self.dtype, name="experts")
-        else:
-            mlp = Mlp(hidden, self.mlp, self.bias, self.out_scale, self.dtype, name="mlp")
-        return add(x_BTD, mlp(h))
+            return add(x_BTD, mlp(h, masking["zigzagged"]))
+        return add(x_BTD, Mlp(hidden, self.mlp, self.bias, self.out_scale, self.dtype, name="mlp")(h))
+
+
+def queries_in_zigzag(*, positions=None, segments=None, bias_GRTS=None):
+    """What `attention` is told of its tokens, the queries' side in zigzag order."""
+    return dict(positions=None if positions is None else zigzag.arrange(positions),
+                segments=None if segments is None else (zigzag.arrange(segments[0]), segments[1]),
+                bias_GRTS=None if bias_GRTS is None else zigzag.arrange(bias_GRTS, axis=2))
 
 
 class Stack(nn.Module):
@@ -387,7 +407,8 @@ class Stack(nn.Module):
 
     remat: "none" keeps all activations, "dots" the products with weights, "attention" the residual stream and what
            attention returns, "full" the residual stream alone.
-    The result is whole over `tensor`, and cut along time over `context`.
+    The result is whole over `tensor`, and cut along time over `context`. In between, time is in zigzag order if the
+    mask is causal; with a window every part of time has its share already.
     """
 
     depth: int
@@ -403,11 +424,15 @@ class Stack(nn.Module):
         if heads % (self.block.get("kv_heads") or heads):
             raise UserError(f"{heads} heads do not divide into kv_heads={self.block['kv_heads']} groups")
 
-        # `mask` is a word, so it is closed over: what scan and remat pass on must be arrays.
-        def body(block, x, memory, masking):
-            return block(x, memory, masking | {"mask": mask})
-
         x_BTD = jax.sharding.reshard(x_BTD, residual(x_BTD.shape[1]))
+        zigzagged = mask == "causal" and not self.block.get("window") and zigzag.helps(x_BTD)
+        if zigzagged:
+            x_BTD, masking = zigzag.scatter(x_BTD), queries_in_zigzag(**masking)
+
+        # These are not arrays, so they are closed over: what scan and remat pass on must be.
+        def body(block, x, memory, masking):
+            return block(x, memory, masking | {"mask": mask, "zigzagged": zigzagged})
+
         options = dict(self.block) | {"out_scale": 1 / math.sqrt(2 * self.depth)}
         if self.remat != "none":
             body = nn.remat(body, prevent_cse=not self.scan, policy=POLICIES[self.remat])
@@ -417,10 +442,11 @@ class Stack(nn.Module):
 
             scanned = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth,
                               in_axes=(nn.broadcast, nn.broadcast))
-            return gather_time(scanned(Block(**options, name="blocks"), x_BTD, memory_BSD, masking)[0])
-        for i in range(self.depth):
-            x_BTD = body(Block(**options, name=f"block_{i}"), x_BTD, memory_BSD, masking)
-        return gather_time(x_BTD)
+            x_BTD = scanned(Block(**options, name="blocks"), x_BTD, memory_BSD, masking)[0]
+        else:
+            for i in range(self.depth):
+                x_BTD = body(Block(**options, name=f"block_{i}"), x_BTD, memory_BSD, masking)
+        return gather_time(zigzag.collect(x_BTD) if zigzagged else x_BTD)
 
 
 class Conv(nn.Module):
@@ -448,7 +474,9 @@ class Conv(nn.Module):
             return jax.lax.conv_general_dilated(x, w, (s, s), [(pad, pad)] * 2, dimension_numbers=layout)
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
         patches = [x[:, i:i + s * (rows - 1) + 1:s, j:j + s * (cols - 1) + 1:s] for i in range(k) for j in range(k)]
-        return jnp.einsum("bhwp,po->bhwo", jnp.concatenate(patches, -1), w.reshape(-1, self.features))
+        needed = flops.taps(height, k, rows, s, pad) * flops.taps(width, k, cols, s, pad)
+        with flops.scaled(needed, rows * cols * k * k):  # the patches hold the padding
+            return jnp.einsum("bhwp,po->bhwo", jnp.concatenate(patches, -1), w.reshape(-1, self.features))
 
 
 class BatchNorm(nn.Module):

@@ -270,7 +270,7 @@ def test_chunks_that_do_not_divide_are_named():
 @pytest.mark.parametrize("mask", ["causal", "bidirectional"])
 @pytest.mark.parametrize("window", [None, 1, 3, 9])
 def test_needed_pairs_are_those_that_are_visible(mask, window):
-    seen = layers.visible(mask, 6, 6, window)
+    seen = layers.visible(mask, np.arange(6), 6, window)
     assert layers.needed_pairs(mask, 6, 6, window) == (36 if seen is None else int(seen.sum()))
     for t, s in np.ndindex(6, 6):
         expected = (mask == "bidirectional" or s <= t) and (window is None or abs(t - s) < window)
