@@ -102,6 +102,11 @@ def test_sharded_over_context_is_unsharded(name):
     test_sharded_is_unsharded(name, (2, 1, 2, 2))
 
 
+@pytest.mark.parametrize("name, shape", [("causal_text", (1, 2, 1, 4)), ("moe_text", (1, 1, 2, 4))])
+def test_sharded_over_long_context_is_unsharded(name, shape):
+    test_sharded_is_unsharded(name, shape)
+
+
 @pytest.mark.parametrize("shape", [(2, 2, 1, 1, 2), (1, 1, 2, 1, 4)], ids=["2x2x1x1x2", "1x1x2x1x4"])
 def test_sharded_over_experts_is_unsharded(shape):
     test_sharded_is_unsharded("moe_text", shape)

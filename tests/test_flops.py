@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from sslx import flops
 from sslx.config import UserError
+from sslx.layers import Conv
+from sslx.sharding import make_mesh
 
 
 def f32(*shape):
@@ -55,10 +57,39 @@ def test_conv_and_both_gradients_cost_the_same(size, kernel, stride, padding, di
     x, w = f32(2, size, size, 4), f32(kernel, kernel, 4 // groups, 8)
     reach = dilation * (kernel - 1) + 1
     out = math.ceil(size / stride) if padding == "SAME" else (size - reach) // stride + 1
-    forward = 2 * 2 * out**2 * 8 * (4 // groups) * kernel**2
+    before = max(0, (out - 1) * stride + reach - size) // 2
+    meeting = sum(0 <= o * stride + dilation * k - before < size for o in range(out) for k in range(kernel))
+    assert (meeting == out * kernel) == (padding == "VALID")
+    forward = 2 * 2 * 8 * (4 // groups) * meeting**2
     assert total(conv, x, w) == forward
     assert total(jax.value_and_grad(conv, 1), x, w) == 2 * forward
     assert total(jax.value_and_grad(conv, (0, 1)), x, w) == 3 * forward
+
+
+@pytest.mark.parametrize("n_in, n_kernel, stride, pad, dilate_in, dilate_kernel", [
+    (8, 3, 1, (0, 0), 1, 1), (8, 3, 2, (1, 1), 1, 1), (5, 4, 1, (3, 3), 2, 1), (9, 2, 1, (1, 2), 1, 3),
+    (4, 4, 3, (0, 0), 4, 1)])
+def test_taps_are_what_a_convolution_of_ones_adds_up(n_in, n_kernel, stride, pad, dilate_in, dilate_kernel):
+    y = jax.lax.conv_general_dilated(jnp.ones((1, 1, n_in)), jnp.ones((1, 1, n_kernel)), (stride,), [pad],
+                                     (dilate_in,), (dilate_kernel,))
+    taps = flops.taps(n_in, n_kernel, y.shape[-1], stride, pad[0], dilate_in, dilate_kernel)
+    assert taps == int(y.sum()) and taps <= math.prod(y.shape) * n_kernel
+
+
+@pytest.mark.parametrize("side, stride, taps", [
+    (4, 1, 3 * 4 - 2),  # both ends miss one of three
+    (4, 2, 3 * 2 - 1),  # the first of two outputs misses one
+    (2, 1, 4), (1, 1, 1),  # smaller than the kernel: a product of patches, which multiplies the padding
+])
+def test_padding_is_no_work(side, stride, taps):
+    conv = Conv(8, 3, stride)
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+        x = f32(2, side, side, 4)
+        params = jax.eval_shape(conv.init, jax.random.key(0), x)
+        counted = flops.count(conv.apply, params, x)
+    out = -(-side // stride)
+    assert counted.model_total == 2 * 2 * 8 * 4 * taps**2
+    assert counted.hw_total == 2 * 2 * 8 * 4 * (taps if out >= 3 else 3 * out)**2
 
 
 def test_transposed_conv_does_not_count_the_zeros_that_it_inserts():

@@ -120,18 +120,27 @@ def mae(model, objective, side):
     return crops(B, side, model.image_size) + encoder + decoder
 
 
+def conv(rows, side, stride, channels, features, need=trained):
+    """A 3x3 convolution. Padding is no work; outputs smaller than the kernel are a product of patches that hold it."""
+    out = -(-side // stride)
+    taps = sum(0 <= stride * o + k - 1 < side for o in range(out) for k in range(3))**2
+    run = taps if out >= 3 else 9 * out**2
+    needed, extra = (need(rows * channels * features * n) for n in (taps, run - taps))
+    return Need(needed.model, extra.model, again_full=2 * rows * channels * features * run)
+
+
 def simclr(model, objective, side):
-    """Two views of each image; each of the 2 B embeddings against all."""
+    """Two views of each image; each of the 2 B embeddings against all. Remat runs every convolution again."""
     rows, size = 2 * B, objective.view["size"]
-    stem_side = size // 2
-    network = data_in(rows * stem_side**2 * 9 * model.width)
-    side_in, channels = stem_side, model.width
+    network = conv(rows, size, 2, 1, model.width, data_in)
+    side_in, channels = size // 2, model.width
     for stage in range(len(model.stages)):
-        out = model.width * 2**stage
-        side_out = side_in if stage == 0 else -(-side_in // 2)
-        network += trained(rows * side_out**2 * (9 * channels * out + 9 * out * out))
+        out, stride = model.width * 2**stage, 1 if stage == 0 else 2
+        side_out = -(-side_in // stride)
+        network += conv(rows, side_in, stride, channels, out) + conv(rows, side_out, 1, out, out)
         if stage:
-            network += trained(rows * side_out**2 * channels * out)  # shortcut
+            shortcut = rows * side_out**2 * channels * out
+            network += trained(shortcut)._replace(again_full=2 * shortcut)
         side_in, channels = side_out, out
     projector = trained(rows * (channels * objective.hidden + objective.hidden * objective.features))
     return crops(rows, side, size) + network + projector + trained(rows * rows * objective.features)
@@ -163,8 +172,9 @@ def dino(model, objective, side):
 FORMULAS = dict(causal_lm=causal_lm, masked_lm=masked_lm, span_corruption=span_corruption, mae=mae, simclr=simclr,
                 dino=dino)
 VARIANTS = [dict(scan=scan, remat=remat) for scan in (True, False) for remat in ("none", "dots", "full")]
+RESNET_VARIANTS = [dict(remat=remat) for remat in ("none", "full")]
 CASES = [(name, variant) for name, conf in CONFIGS.items() if conf.objective.name in FORMULAS
-         for variant in (VARIANTS if "depth" in conf.model else [{}])]
+         for variant in (VARIANTS if "depth" in conf.model else RESNET_VARIANTS)]
 
 
 def case_id(part):

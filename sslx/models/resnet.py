@@ -40,20 +40,28 @@ class ResNet(nn.Module):
     width: int
     bottleneck: bool
     stem: Literal["imagenet", "small", "small_stride2"]
+    remat: Literal["none", "full"]
     dtype: Any
 
     @nn.compact
     def __call__(self, images_BHWC, train: bool):
-        x = normalize(images_BHWC).astype(self.dtype)
-        kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "small_stride2": (3, 2)}[self.stem]
-        x = Conv(self.width, kernel, stride, self.dtype, name="stem")(x)
-        x = nn.relu(BatchNorm(name="stem_norm")(x, train=train))
-        if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1)] * 2)
+        def root(self, images_BHWC):
+            x = normalize(images_BHWC).astype(self.dtype)
+            kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "small_stride2": (3, 2)}[self.stem]
+            x = Conv(self.width, kernel, stride, self.dtype, name="stem")(x)
+            x = nn.relu(BatchNorm(name="stem_norm")(x, train=train))
+            return nn.max_pool(x, (3, 3), (2, 2), [(1, 1)] * 2) if self.stem == "imagenet" else x
+
+        def body(block, x):
+            return block(x, train)
+
+        if self.remat == "full":
+            root, body = nn.remat(root), nn.remat(body)
+        x = root(self, images_BHWC)
         for i, n_blocks in enumerate(self.stages):
             for j in range(n_blocks):
                 stride = 2 if i and not j else 1
-                x = Residual(self.width * 2**i, stride, self.bottleneck, self.dtype, name=f"stage{i}_{j}")(x, train)
+                x = body(Residual(self.width * 2**i, stride, self.bottleneck, self.dtype, name=f"stage{i}_{j}"), x)
         return x.mean((1, 2), dtype=jnp.float32)
 
     def encode(self, images_BHWC, *, train: bool = False):
@@ -63,11 +71,12 @@ class ResNet(nn.Module):
 
 def make(*, stages: tuple[int, ...] = (2, 2, 2, 2), width: int = 64, bottleneck: bool = False,
          stem: Literal["imagenet", "small", "small_stride2"] = "imagenet",
-         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> ResNet:
+         remat: Literal["none", "full"] = "none", dtype: Literal["float32", "bfloat16"] = "bfloat16") -> ResNet:
     """A residual network.
 
     stages:     blocks per stage, the first at `width` channels, each further one twice as wide at half the
                 resolution. ResNet-18: (2, 2, 2, 2). ResNet-50: (3, 4, 6, 3) with `bottleneck`.
     stem:       "imagenet" 7x7 stride 2 and max pooling; "small" 3x3; "small_stride2" 3x3 stride 2.
+    remat:      "none" keeps all activations, "full" the inputs of the stem and of each block.
     """
-    return ResNet(stages, width, bottleneck, stem, jnp.dtype(dtype))
+    return ResNet(stages, width, bottleneck, stem, remat, jnp.dtype(dtype))

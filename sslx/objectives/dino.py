@@ -1,6 +1,6 @@
 """DINO: a student matches the prototype assignments of its own moving average across crops (Caron et al. 2021).
 
-B batch, D features, K prototypes.
+B batch, D features, K prototypes; N rows of several views.
 """
 
 from typing import Any
@@ -15,6 +15,7 @@ from sslx.models import encode as encode_images
 from sslx.models.heads import Prototypes
 from sslx.objectives import Objective
 from sslx.objectives.image import grid_patches
+from sslx.views import separate
 from sslx.views.image import augmentation, multi_crop, to_float
 
 
@@ -80,21 +81,21 @@ def make(model, info: Info, *, steps: int, global_view: dict[str, Any], local_vi
         # The teacher follows the parameters that the last step left, so that it is part of this step.
         teacher = moving_average(aux["teacher"], params, cosine(step, steps, *momentum))
         with jax.named_scope("teacher"):
-            teacher_VK, teacher_stats = network(teacher, aux["teacher_stats"], large)
+            teacher_NK, teacher_stats = network(teacher, aux["teacher_stats"], large)
         drawn = params["head"]["prototypes"]
         frozen = jnp.where(step < freeze_prototypes, jax.lax.stop_gradient(drawn), drawn)
         student = params | {"head": params["head"] | {"prototypes": frozen}}
         with jax.named_scope("student"):
-            large_VK, student_stats = network(student, aux["student_stats"], large)
-            outputs = jnp.split(large_VK, 2)
+            large_NK, student_stats = network(student, aux["student_stats"], large)
+            outputs = separate(large_NK, 2)
             if n_local:
-                small_VK, student_stats = network(student, student_stats, small)
-                outputs += jnp.split(small_VK, n_local)
+                small_NK, student_stats = network(student, student_stats, small)
+                outputs += separate(small_NK, n_local)
         warm, final = teacher_temperature
         temperature = warm + (final - warm) * jnp.minimum(step / max(temperature_warmup, 1), 1.0)
-        teacher_GBK = jnp.split(jax.lax.stop_gradient(teacher_VK), 2)
+        teacher_GBK = separate(jax.lax.stop_gradient(teacher_NK), 2)
         value = self_distillation(outputs, teacher_GBK, aux["centre"], student_temperature, temperature)
-        centre = moving_average(aux["centre"], teacher_VK.mean(0), centre_momentum)
+        centre = moving_average(aux["centre"], teacher_NK.mean(0), centre_momentum)
         aux = {"teacher": teacher, "student_stats": student_stats, "teacher_stats": teacher_stats, "centre": centre,
                "step": step + 1}
         return value, (aux, {"loss": value, "tokens": jnp.int32(len(batch["image"]) * grid_patches(model, info))})
@@ -106,9 +107,9 @@ def make(model, info: Info, *, steps: int, global_view: dict[str, Any], local_vi
     def show(params, aux, batch, key):
         large, small = multi_crop(key, batch["image"], views, local, n_local)
         shown = {"input": to_float(batch["image"])}
-        shown |= {f"large crop {i + 1}": crop for i, crop in enumerate(jnp.split(large, 2))}
+        shown |= {f"large crop {i + 1}": crop for i, crop in enumerate(separate(large, 2))}
         if n_local:
-            shown |= {f"small crop {i + 1}": crop for i, crop in enumerate(jnp.split(small, n_local)[:4])}
+            shown |= {f"small crop {i + 1}": crop for i, crop in enumerate(separate(small, n_local)[:4])}
         return shown
 
     return Objective(init, loss, encode, show)

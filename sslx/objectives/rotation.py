@@ -8,6 +8,7 @@ from sslx.layers import Linear, cross_entropy
 from sslx.models import encode as encode_images
 from sslx.objectives import Objective
 from sslx.objectives.image import grid_patches
+from sslx.views import interleave
 from sslx.views.image import to_float
 
 
@@ -24,10 +25,10 @@ def make(model, info: Info) -> Objective:
 
     def loss(params, aux, batch, key):
         images = to_float(batch["image"])
-        turned = jnp.concatenate([jnp.rot90(images, turns, axes=(1, 2)) for turns in range(4)])
-        h_VD, aux = encode_images(model, params["encoder"], aux, turned, train=True)
-        logits = head.apply({"params": params["head"]}, h_VD)
-        value = cross_entropy(logits, jnp.repeat(jnp.arange(4), len(images))).mean()
+        turned = interleave([jnp.rot90(images, turns, axes=(1, 2)) for turns in range(4)])
+        h_ND, aux = encode_images(model, params["encoder"], aux, turned, train=True)
+        logits = head.apply({"params": params["head"]}, h_ND)
+        value = cross_entropy(logits, jnp.tile(jnp.arange(4), len(images))).mean()
         return value, (aux, {"loss": value, "tokens": jnp.int32(len(images) * grid_patches(model, info))})
 
     def encode(params, aux, batch):

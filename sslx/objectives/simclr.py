@@ -1,6 +1,6 @@
 """SimCLR: agree between two views of an image, against all other images of the global batch (Chen et al. 2020).
 
-B batch, D projection.
+B batch, V both views, N = B V, D projection, C chunks of M candidates.
 """
 
 from typing import Any
@@ -10,34 +10,49 @@ import jax
 import jax.numpy as jnp
 
 from sslx import config
+from sslx.config import UserError
 from sslx.data import Info
 from sslx.models import encode as encode_images
 from sslx.models.heads import Projector, unit
 from sslx.objectives import Objective
 from sslx.objectives.image import grid_patches
-from sslx.sharding import replicate
+from sslx.sharding import replicate, spec
+from sslx.views import separate
 from sslx.views.image import augmentation, multi_view, to_float
 
 
-def nt_xent(a_BD, b_BD, temperature: float):
+def nt_xent(a_BD, b_BD, temperature: float, chunks: int = 1):
     """Normalized temperature-scaled cross-entropy of pairs (a_i, b_i), unit vectors; a number.
 
     l(a_i) = -log exp(a_i.b_i / t) / (sum_{j != i} exp(a_i.a_j / t) + sum_j exp(a_i.b_j / t)),
-    averaged over all 2 B vectors.
+    averaged over all 2 B vectors. A device holds the products of its rows with one of `chunks` parts of the
+    candidates at a time. Raises UserError if `chunks` does not divide 2 B.
     """
     chex.assert_equal_shape([a_BD, b_BD])
+    B, D = a_BD.shape
+    if chunks < 1 or 2 * B % chunks:
+        raise UserError(f"config.objective.chunks={chunks} does not divide the {2 * B} views of a batch;"
+                        " choose a positive number that does")
+    z_BVD, id_N = jnp.stack([a_BD, b_BD], 1), jnp.arange(2 * B)
+    id_BV = jax.sharding.reshard(id_N.reshape(B, 2), spec("batch"))
 
-    def side(q_BD, other_BD):
-        own_BB = jnp.where(jnp.eye(len(q_BD), dtype=bool), -jnp.inf, q_BD @ replicate(q_BD).T)
-        logits = jnp.concatenate([own_BB, q_BD @ replicate(other_BD).T], 1) / temperature
-        return (jax.nn.logsumexp(logits, 1) - (q_BD * other_BD).sum(1) / temperature).mean()
+    def log_sum(_, part):
+        id_M, z_MD = part
+        logits_BVM = jnp.einsum("bvd,md->bvm", z_BVD, z_MD) / temperature
+        # Finite, because a part may hold nothing but a row's own vector.
+        return None, jax.nn.logsumexp(jnp.where(id_BV[..., None] == id_M, -1e30, logits_BVM), -1)
 
-    return (side(a_BD, b_BD) + side(b_BD, a_BD)) / 2
+    parts = id_N.reshape(chunks, -1), replicate(z_BVD).reshape(chunks, -1, D)
+    log_sum_CBV = jax.lax.scan(log_sum if chunks == 1 else jax.checkpoint(log_sum), None, parts)[1]
+    return jax.nn.logsumexp(log_sum_CBV, 0).mean() - (a_BD * b_BD).sum(1).mean() / temperature
 
 
-def make(model, info: Info, *, view: dict[str, Any], temperature: float = 0.1, hidden: int = 2048,
+def make(model, info: Info, *, view: dict[str, Any], temperature: float = 0.1, chunks: int = 1, hidden: int = 2048,
          features: int = 128, depth: int = 2) -> Objective:
-    """SimCLR with a projector of `depth` layers; `view` holds the arguments of `views.image.augmentation`."""
+    """SimCLR with a projector of `depth` layers; `view` holds the arguments of `views.image.augmentation`.
+
+    chunks: in which the products of all pairs are made, and made again for the gradient: for batches of thousands.
+    """
     augment = config.call(augmentation, view, "config.objective.view")
     projector = Projector(hidden, features, depth, model.dtype)
 
@@ -52,12 +67,12 @@ def make(model, info: Info, *, view: dict[str, Any], temperature: float = 0.1, h
     def loss(params, aux, batch, key):
         images = multi_view(key, batch["image"], [augment, augment])
         with jax.named_scope("encoder"):
-            h_VD, encoder = encode_images(model, params["encoder"], aux["encoder"], images, train=True)
+            h_ND, encoder = encode_images(model, params["encoder"], aux["encoder"], images, train=True)
         with jax.named_scope("projector"):
-            z_VD, head = projector.apply({"params": params["projector"], **aux["projector"]}, h_VD, train=True,
+            z_ND, head = projector.apply({"params": params["projector"], **aux["projector"]}, h_ND, train=True,
                                          mutable=list(aux["projector"]))
         with jax.named_scope("loss"):
-            value = nt_xent(*jnp.split(unit(z_VD), 2), temperature)
+            value = nt_xent(*separate(unit(z_ND), 2), temperature, chunks)
         metrics = {"loss": value, "tokens": jnp.int32(len(batch["image"]) * grid_patches(model, info))}
         return value, ({"encoder": encoder, "projector": head}, metrics)
 
@@ -66,7 +81,7 @@ def make(model, info: Info, *, view: dict[str, Any], temperature: float = 0.1, h
         return encode_images(model, params["encoder"], aux["encoder"], images, train=False)[0].astype(jnp.float32)
 
     def show(params, aux, batch, key):
-        first, second = jnp.split(multi_view(key, batch["image"], [augment, augment]), 2)
+        first, second = separate(multi_view(key, batch["image"], [augment, augment]), 2)
         return {"input": to_float(batch["image"]), "view 1": first, "view 2": second}
 
     return Objective(init, loss, encode, show)

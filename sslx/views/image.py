@@ -107,13 +107,13 @@ def augment(key: jax.Array, images_BHWC: jax.Array, **options) -> jax.Array:
 
 
 def multi_view(key: jax.Array, images_BHWC: jax.Array, kinds: Sequence[View]) -> jax.Array:
-    """Views of one size, view-major: rows [v B, (v + 1) B) of [V B, S, S, C] are view v of the batch."""
-    return jnp.concatenate([view(jax.random.fold_in(key, v), images_BHWC) for v, view in enumerate(kinds)])
+    """Views of one size, interleaved: row b V + v of [B V, S, S, C] is view v of image b."""
+    return views.interleave([view(jax.random.fold_in(key, v), images_BHWC) for v, view in enumerate(kinds)])
 
 
 def multi_crop(key: jax.Array, images_BHWC: jax.Array, global_: Sequence[View], local: View,
                n_local: int) -> tuple[jax.Array, jax.Array | None]:
-    """Multi-crop: ([V B, S, S, C], [n_local B, s, s, C]), both view-major (Caron et al. 2020).
+    """Multi-crop: ([B V, S, S, C], [B n_local, s, s, C]), both interleaved (Caron et al. 2020).
 
     `global_` holds one view per global crop (they may differ, as in BYOL and DINO); all local crops are
     draws of `local`, None if there are none.
@@ -122,7 +122,7 @@ def multi_crop(key: jax.Array, images_BHWC: jax.Array, global_: Sequence[View], 
     globals_ = multi_view(key_global, images_BHWC, global_)
     if not n_local:
         return globals_, None
-    return globals_, local(key_local, jnp.concatenate([images_BHWC] * n_local))
+    return globals_, local(key_local, views.interleave([images_BHWC] * n_local))
 
 
 def draw(key: jax.Array, batch: int) -> Draw:

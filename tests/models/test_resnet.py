@@ -28,6 +28,30 @@ def test_published_sizes(options, n_params, n_features):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == n_params
 
 
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_rematerialization_keeps_the_inputs_of_blocks_and_changes_nothing(stem):
+    images = np.random.default_rng(0).uniform(size=(4, 16, 16, 3)).astype(np.float32)
+
+    def gradient(remat):
+        model = resnet.make(stages=(1, 2), width=8, stem=stem, remat=remat, dtype="float32")
+        variables = dict(model.init(KEY, images, True))
+        params = variables.pop("params")
+
+        def loss(params):
+            features, stats = encode(model, params, variables, images, train=True)
+            return jnp.square(features).sum(), stats
+
+        _, pullback, _ = jax.vjp(loss, params, has_aux=True)
+        kept = sum(x.size for x in jax.tree.leaves(pullback) if x.ndim == 4 and len(x) == len(images))
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params), kept
+
+    (plain, all_kept), (again, inputs_kept) = gradient("none"), gradient("full")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), again, plain)
+    side = 4 if stem == "imagenet" else 16
+    inputs = images.size + 4 * side**2 * 8 * 2 + 4 * (side // 2)**2 * 16
+    assert all_kept > 3 * inputs and inputs_kept == inputs
+
+
 @pytest.mark.parametrize("stem, before_pooling", [("imagenet", 4), ("small", 16), ("small_stride2", 8)])
 def test_stems_shrink_the_image_by_their_stride(stem, before_pooling):
     model = resnet.make(stages=(1, 1), width=8, stem=stem, dtype="float32")

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments import experiment, first_batch
+from experiments import CONFIGS, abstract_state, experiment, first_batch
 
-from sslx import config, state
+from sslx import config, hlo, state
+from sslx.experiment import build
 from sslx.layers import cross_entropy
 from sslx.objectives import combine
 from sslx.objectives.dino import cosine, moving_average
@@ -166,6 +167,38 @@ def test_whole_batch_normalization_is_global():
 
             carried.append(jax.device_get(jax.jit(aux_after_a_loss)(batch)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *carried)
+
+
+def moved(built):
+    """{(kind, shape of a device's part)} of what collectives move in the gradient of an experiment."""
+    with jax.set_mesh(built.mesh):
+        batch = first_batch(built)
+        start = abstract_state(built, batch)
+        gradient = jax.jit(jax.value_and_grad(built.objective.loss, has_aux=True))
+        text = gradient.lower(start.params, start.aux, batch, jax.random.key(0)).compile().as_text()
+    parts = [part.ops for part in hlo.parse(text).computations.values()]
+    return {(kind, ops[operand].shapes[0].dims) for ops in parts for op in ops.values() for operand in op.operands
+            if (kind := op.opcode.removesuffix("-start")) in hlo.COLLECTIVES}
+
+
+@pytest.mark.parametrize("name, features", [("simclr_fashion_mnist", {("all-gather", (2, 2, 16))}),
+                                            ("rotation_fashion_mnist", set()), ("dino_fashion_mnist", set())])
+def test_all_views_of_an_image_are_made_where_it_is(name, features):
+    """On 8 devices gradients and statistics are summed, SimCLR's features (2 views of 2 rows) gathered; that is all."""
+    collectives = moved(experiment(name, (8, 1, 1)))
+    assert {part for part in collectives if part[0] != "all-reduce"} == features
+    assert any(kind == "all-reduce" for kind, _ in collectives)
+
+
+def test_prototypes_over_tensor_are_never_together():
+    """Of the 96 logits of a row 24 are on a device: over rows their centre is summed, and the weights' gradient."""
+    conf = CONFIGS["dino_fashion_mnist"].copy_and_resolve_references()
+    conf.mesh, conf.objective.n_prototypes = dict(data=2, tensor=4), 96
+    collectives = moved(build(conf))
+    assert {kind for kind, _ in collectives} == {"all-reduce"}
+    of_prototypes = {dims for _, dims in collectives if {24, 96} & set(dims)}
+    weights = (conf.objective.bottleneck, 24)
+    assert (24,) in of_prototypes and of_prototypes <= {(24,), weights, weights[::-1]}
 
 
 def test_cross_entropy_of_a_certain_guess_is_zero():

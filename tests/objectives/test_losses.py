@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sslx.config import UserError
 from sslx.layers import cross_entropy
 from sslx.objectives.causal_lm import following, next_token_loss
 from sslx.objectives.dino import cosine, self_distillation
 from sslx.objectives.mae import per_patch, reconstruction_loss
 from sslx.objectives.masked_lm import masked_token_loss
 from sslx.objectives.simclr import nt_xent
-from sslx.sharding import make_mesh
+from sslx.sharding import batch_sharding, make_mesh
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,10 +131,42 @@ def nt_xent_by_loops(a, b, temperature):
 
 @pytest.mark.parametrize("seed, B, D", [(0, 1, 2), (1, 2, 3), (2, 9, 4)])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
-def test_nt_xent(seed, B, D, temperature):
+@pytest.mark.parametrize("parts", ["whole", "halves", "single"])
+def test_nt_xent(seed, B, D, temperature, parts):
+    chunks = dict(whole=1, halves=2, single=2 * B)[parts]
     a, b = unit(np.random.default_rng(seed).normal(size=(2, B, D)))
-    assert_same(lambda x: nt_xent(x[0], x[1], temperature), lambda x: nt_xent_by_loops(*x, temperature),
+    assert_same(lambda x: nt_xent(x[0], x[1], temperature, chunks), lambda x: nt_xent_by_loops(*x, temperature),
                 np.stack([a, b]), seed)
+
+
+@pytest.mark.parametrize("shape", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=["8", "2x2x2"])
+def test_nt_xent_in_chunks_on_8_devices_is_that_of_one(shape):
+    a, b = np.float32(unit(np.random.default_rng(0).normal(size=(2, 16, 5))))
+    gradient = jax.jit(jax.value_and_grad(nt_xent, (0, 1)), static_argnums=(2, 3))
+    expected = jax.device_get(gradient(a, b, 0.1, 1))
+    mesh = make_mesh(**shape)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_get(gradient(*jax.device_put((a, b), batch_sharding(mesh)), 0.1, 4))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), sharded, expected)
+
+
+def test_nt_xent_in_chunks_never_holds_all_pairs():
+    """All products of a device's 2 x 64 rows with 1024 candidates are 512 KiB, those with a 16th of them 32 KiB."""
+    def temporaries(chunks):
+        mesh = make_mesh()
+        with jax.set_mesh(mesh):
+            x = jax.ShapeDtypeStruct((512, 4), jnp.float32, sharding=batch_sharding(mesh))
+            gradient = jax.jit(jax.value_and_grad(lambda a, b: nt_xent(a, b, 0.1, chunks), (0, 1)))
+            return gradient.lower(x, x).compile().memory_analysis().temp_size_in_bytes
+
+    logits = 2 * 64 * 1024 * 4
+    assert temporaries(1) > logits > 3 * temporaries(16)
+
+
+@pytest.mark.parametrize("chunks", [0, 3, -2])
+def test_chunks_that_do_not_divide_the_views_are_named(chunks):
+    with pytest.raises(UserError, match=f"config.objective.chunks={chunks} does not divide the 16 views"):
+        nt_xent(jnp.ones((8, 2)), jnp.ones((8, 2)), 0.1, chunks)
 
 
 def test_nt_xent_knows_neither_the_order_of_the_views_nor_of_the_images():

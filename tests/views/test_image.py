@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from sslx.config import UserError
 from sslx.sharding import batch_sharding, make_mesh
-from sslx.views import image
+from sslx.views import image, interleave, separate
 
 PLAIN = dict(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0)
 KEY = jax.random.key(7)
@@ -157,22 +157,29 @@ def test_views_do_not_depend_on_the_mesh():
         jax.tree.map(lambda one, many: np.testing.assert_allclose(one, many, atol=2e-6), results[0], result)
 
 
-def test_multi_crop_is_view_major_and_every_view_differs():
+def test_multi_crop_is_interleaved_and_every_view_differs():
     view = image.augmentation(size=16, **PLAIN | dict(scale=(0.3, 0.6)))
     still = image.augmentation(size=16, **PLAIN)
     images = pixels()
     globals_, locals_ = image.multi_crop(KEY, images, (still, view), view, 3)
-    np.testing.assert_allclose(globals_[:8], images / 255, atol=1e-6)
+    np.testing.assert_allclose(globals_[::2], images / 255, atol=1e-6)
     assert globals_.shape == (16, 16, 16, 3) and locals_.shape == (24, 16, 16, 3)
-    views = [np.asarray(globals_[8:]), *np.split(np.asarray(locals_), 3)]
+    views = [np.asarray(x) for x in (globals_[1::2], *separate(locals_, 3))]
     for i, a in enumerate(views):
         for b in views[:i]:
             assert (np.abs(a - b).max((1, 2, 3)) > 0.05).all()
-    # Rows [v B, (v + 1) B) are views of the same images in the same order: a flat image stays flat.
+    # Rows b V ... b V + V - 1 are views of image b: a flat image stays flat.
     flat = np.broadcast_to(np.arange(8, dtype=np.uint8)[:, None, None, None] * 30, (8, 16, 16, 3))
     _, flat_locals = image.multi_crop(KEY, flat, (still,), view, 3)
-    np.testing.assert_allclose(flat_locals.mean((1, 2, 3)) * 255, np.tile(np.arange(8) * 30, 3), atol=1e-3)
+    np.testing.assert_allclose(flat_locals.mean((1, 2, 3)) * 255, np.repeat(np.arange(8) * 30, 3), atol=1e-3)
     assert image.multi_crop(KEY, images, (still,), view, 0)[1] is None
+
+
+def test_separate_undoes_interleave():
+    parts = np.random.default_rng(0).normal(size=(3, 4, 2))
+    together = interleave(parts)
+    np.testing.assert_array_equal(together[4], np.float32(parts[1, 1]))
+    np.testing.assert_array_equal(separate(together, 3), np.float32(parts))
 
 
 def test_patchify_reads_in_order_and_inverts():
