@@ -88,7 +88,7 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """A table [V, D] to look token ids up in, or to score hidden states against (`scores`, `nll`)."""
+    """A table [V, D] to look token ids up in; `rows` is what hidden states are scored against (`scores`, `nll`)."""
 
     size: int
     width: int
@@ -101,11 +101,7 @@ class Embed(nn.Module):
         self.rows = weight(self, self.parameter, init, shape, ("vocab", "embed"))
 
     def __call__(self, ids_BT):
-        return self.table().at[ids_BT].get(out_sharding=residual(ids_BT.shape[1]))
-
-    def table(self):
-        """[V, D] in the compute dtype, whole over `fsdp`."""
-        return gather(self.rows.astype(self.dtype))
+        return gather(self.rows.astype(self.dtype)).at[ids_BT].get(out_sharding=residual(ids_BT.shape[1]))
 
 
 class Norm(nn.Module):
@@ -224,12 +220,9 @@ class Attention(nn.Module):
         def project(n, name, x):
             return Linear((G, n, K), ("embed", "heads", None, None), bias=self.bias, dtype=self.dtype, name=name)(x)
 
-        if memory_BSD is None:
-            qkv = project(R + 2, "qkv", x_BTD)
-            q, k, v = qkv[..., :R, :], qkv[..., R, :], qkv[..., R + 1, :]
-        else:
-            q, kv = project(R, "q", x_BTD), project(2, "kv", memory_BSD)
-            k, v = kv[..., 0, :], kv[..., 1, :]
+        # Apart, so that in ZeRO-3 the one is gathered while the other is computed.
+        q, kv = project(R, "q", x_BTD), project(2, "kv", x_BTD if memory_BSD is None else memory_BSD)
+        k, v = kv[..., 0, :], kv[..., 1, :]
         if self.qk_norm:
             q, k = Norm("rms", name="q_norm")(q), Norm("rms", name="k_norm")(k)
         if self.rope:
@@ -515,35 +508,43 @@ class BatchNorm(nn.Module):
 
 
 def scores(x_BTD, table_VD):
-    """Logits [B, T, V]: a head."""
-    return jnp.einsum("btd,vd->btv", x_BTD, table_VD)
+    """Logits [B, T, V] of a table as an `Embed` keeps it: a head."""
+    return jnp.einsum("btd,vd->btv", x_BTD, gather(table_VD.astype(x_BTD.dtype)))
 
 
 def nll(x_BTD, table_VD, targets_BT, chunks: int = 1):
-    """-log softmax(x table^T)[target], float32 [B, T]; of the logits, one part of `chunks` exists at a time.
+    """-log softmax(x table^T)[target], float32 [B, T].
 
-    Raises UserError if `chunks` does not divide T, or leaves parts that mesh.context does not divide.
+    With `chunks`, parts c of the vocabulary are gathered and scored in turn, so that neither all logits nor a whole
+    table or its gradient exist at a time: log sum_v exp = log sum_c exp (log sum_{v in c} exp).
+
+    Raises UserError if `chunks` does not divide a device's part of the vocabulary.
     """
     if chunks == 1:
         return cross_entropy(scores(x_BTD, table_VD), targets_BT)
-    B, T, D = x_BTD.shape
-    if T % (chunks * axis_size("sequence")):
-        raise UserError(f"model.loss_chunks={chunks} x mesh.context={axis_size('sequence')} does not divide {T} tokens")
-
-    def split(x):  # part i has the times i mod `chunks`, so that every part lies on all devices
-        shape, cut = (B, T // chunks, chunks, *x.shape[2:]), spec("batch", "sequence")
-        return jnp.moveaxis(jnp.reshape(x, shape, out_sharding=cut), 2, 0)
-
+    V, D = table_VD.shape
+    N = axis_size("vocab")  # devices, each of which has some of the words of every part
+    if V % (N * chunks):
+        raise UserError(f"model.loss_chunks={chunks} x mesh.{RULES['vocab']}={N} does not divide a vocabulary of {V};"
+                        " choose divisors, or a larger model.vocab_size")
+    shape, dtype = (N, chunks, V // N // chunks), x_BTD.dtype
+    ids_CNV = jnp.arange(V).reshape(shape).swapaxes(0, 1)
+    table_NCVD = jnp.reshape(table_VD, (*shape, D), out_sharding=spec("vocab", None, None, "embed"))
     # In float32, so that the gradients of the parts are summed in it; each part's product has the compute dtype.
-    table32_VD = table_VD.astype(jnp.float32)
+    x32_BTD = x_BTD.astype(jnp.float32)
 
     @jax.checkpoint
     def part(_, inputs):
-        x, targets = inputs
-        return None, cross_entropy(scores(x, table32_VD.astype(table_VD.dtype)), targets)
+        ids_NV, table_NVD = inputs
+        logits = jnp.einsum("btd,nvd->btnv", x32_BTD.astype(dtype), gather(table_NVD.astype(dtype)))
+        logits = logits.astype(jnp.float32)
+        chosen = jnp.where(ids_NV == targets_BT[..., None, None], logits, 0).sum((-2, -1))
+        return None, (jax.nn.logsumexp(logits, (-2, -1)), chosen)
 
-    nll_CBT = jax.lax.scan(part, None, (split(x_BTD), split(targets_BT)))[1]
-    return jnp.reshape(jnp.moveaxis(nll_CBT, 0, 2), (B, T), out_sharding=spec("batch", "sequence"))
+    # Two in a row, so that the second is gathered while the first is computed; JAX 0.10 cannot trace an odd rest.
+    parts = (ids_CNV, table_NCVD.swapaxes(0, 1))
+    lse_CBT, chosen_CBT = jax.lax.scan(part, None, parts, unroll=1 if chunks % 2 else 2)[1]
+    return jax.nn.logsumexp(lse_CBT, 0) - chosen_CBT.sum(0)
 
 
 def cross_entropy(logits, targets):

@@ -70,10 +70,10 @@ class EncoderDecoder(nn.Module):
 
     def __call__(self, inputs_BS, targets_BT):
         """-log p(target t | inputs, targets before t), float32 [B, T]."""
-        return nll(self.decode(self.encode(inputs_BS), targets_BT), self.head_table(), targets_BT, self.loss_chunks)
+        return nll(self.decode(self.encode(inputs_BS), targets_BT), self.readout().rows, targets_BT, self.loss_chunks)
 
     def logits(self, inputs_BS, targets_BT):
-        return scores(self.decode(self.encode(inputs_BS), targets_BT), self.head_table())
+        return scores(self.decode(self.encode(inputs_BS), targets_BT), self.readout().rows)
 
     def encode(self, inputs_BS, segment_ids=None):
         """Memory [B, S, D]; with `segment_ids` int [B, S], tokens see their own document only."""
@@ -90,8 +90,8 @@ class EncoderDecoder(nn.Module):
         where = self.where(T, self.decoder_bias) if self.position == "relative" else self.where(T)
         return self.decoder_norm(self.decoder(self.tokens(shifted_BT), memory_BSD, mask="causal", **where))
 
-    def head_table(self):
-        return (self.tokens if self.tied else self.head).table()
+    def readout(self):
+        return self.tokens if self.tied else self.head
 
     def where(self, length, bias=None):
         """What tells the attention of a stack where its tokens are."""

@@ -60,14 +60,14 @@ class Transformer(nn.Module):
         return self.norm(self.stack(x_BTD, mask=mask, **masking))
 
     def logits(self, hidden_BTD):
-        return scores(hidden_BTD, self.head_table())
+        return scores(hidden_BTD, self.readout().rows)
 
     def nll(self, hidden_BTD, targets_BT):
         """-log p(target), float32 [B, T]."""
-        return nll(hidden_BTD, self.head_table(), targets_BT, self.loss_chunks)
+        return nll(hidden_BTD, self.readout().rows, targets_BT, self.loss_chunks)
 
-    def head_table(self):
-        return (self.tokens if self.tied else self.head).table()
+    def readout(self):
+        return self.tokens if self.tied else self.head
 
 
 def make(*, vocab_size: int, max_length: int, width: int, depth: int, heads: int, kv_heads: int | None = None,
