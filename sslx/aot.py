@@ -5,7 +5,7 @@ Compiles the train step of a config with the real compiler for TPUs or GPUs that
 fits, what fills the memory, every collective, and how fast a step can be: between all communication hidden and all
 exposed. Nothing is run. Rows have the shape of config.data.synthetic if the config has it, else of data.train.
 
---overlap  compiles with the options that let communication run beside computation (sslx/topology.py).
+--overlap  is --config.run.overlap: the options that let communication run beside computation (sslx/topology.py).
 --control  compiles with the scheduler that hides latencies off: nothing may be hidden then.
 --search   tries meshes, rematerialization policies and batch sizes, and ranks those that fit.
 """
@@ -57,12 +57,14 @@ def step_of(conf: ml_collections.ConfigDict, devices: list[Any]) -> Step:
     batch: dict[str, Any] = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=lying)
                              for name, x in row.items()}
     with jax.set_mesh(built.mesh):
-        born = jax.jit(lambda batch: state.create(built.objective, built.optimizer.tx, built.run.seed, batch))
+        born = jax.jit(lambda batch: state.create(built.objective, built.optimizer, built.run.seed, batch))
         return Step(built, train.abstract(born, batch, built.mesh), batch)
 
 
-def report(step: Step, target: Topology, options: dict[str, Any]) -> dict[str, Any]:
+def report(step: Step, target: Topology, control: bool = False) -> dict[str, Any]:
     """What the compiler makes of a step for the devices of `target`: the JSON of the command.
+
+    control: without the scheduler that hides latencies.
 
     Bytes, FLOPs and seconds are those of one device and one step.
     """
@@ -71,16 +73,18 @@ def report(step: Step, target: Topology, options: dict[str, Any]) -> dict[str, A
     with jax.set_mesh(built.mesh):
         counted = train.count_flops(built.objective, step.current, step.batch)
         held = held_bytes(step)
-        fn: Any = train.train_step(built.objective, built.optimizer.tx, built.run.seed, built.run.accumulate)
-        lowered = fn.trace(step.current, step.batch).lower(lowering_platforms=(generation.compiler.platform,))
-        kernels = flops.kernels(fn, step.current, step.batch)
+        fn: Any = train.train_step(built.objective, built.optimizer, built.run.seed, built.run.accumulate,
+                                   built.compiler_options)
+        traced = fn.trace(step.current, step.batch)
+        lowered = traced.lower(lowering_platforms=(generation.compiler.platform,))
+        kernels = flops.kernels(traced.jaxpr.jaxpr)
         found: dict[str, Any] = dict(
             topology=target.name, devices=built.mesh.size, mesh=dict(built.mesh.shape),
             batch_size=built.data.batch_size, hbm_limit_bytes=generation.hbm_bytes, peak_flops=generation.peak_flops,
             flops_model_per_device=counted.model_total / built.mesh.size,
             flops_hw_per_device=counted.hw_total / built.mesh.size)
         try:
-            compiled = lowered.compile(compiler_options=options)
+            compiled = lowered.compile(compiler_options=generation.compiler.control if control else {})
         except jax.errors.JaxRuntimeError as error:
             used = out_of_memory(error)
             return dict(fits=False, **found, hbm_peak_bytes=used, memory=held, compile_s=time.monotonic() - began)
@@ -163,12 +167,12 @@ def flags_of(changes: dict[str, Any]) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in changes.items())
 
 
-def remedies(conf: ml_collections.ConfigDict, target: Topology, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """The three changes of a config that need the least memory, each compiled."""
+def lighter(conf: ml_collections.ConfigDict) -> list[dict[str, Any]]:
+    """Changes of a config that may need less memory."""
     model, mesh = conf.model, conf.mesh
     batch, accumulate = conf.data.batch_size, conf.run.get("accumulate", 1)
     tries: list[dict[str, Any]] = [{"data.batch_size": batch // 2}, {"run.accumulate": 2 * accumulate},
-                                   {"optim.moments": "bfloat16"}]
+                                   {"optim.moments": "bfloat16"}, {"optim.parameters": "bfloat16"}]
     if mesh.get("fsdp", 1) == 1:
         tries.append({"mesh.data": 1, "mesh.fsdp": -1})
     if "remat" in model and model.remat != "full":
@@ -177,10 +181,15 @@ def remedies(conf: ml_collections.ConfigDict, target: Topology, options: dict[st
         tries.append({"model.loss_chunks": 4 * model.get("loss_chunks", 1)})
     if "heads" in model:
         tries.append({"mesh.tensor": 2 * mesh.get("tensor", 1)})
+    return tries
+
+
+def remedies(conf: ml_collections.ConfigDict, target: Topology, control: bool) -> list[dict[str, Any]]:
+    """The three changes of a config that need the least memory, each compiled."""
     found = []
-    for changes in tries:
+    for changes in lighter(conf):
         try:
-            result = report(step_of(changed(conf, changes), target.devices), target, options)
+            result = report(step_of(changed(conf, changes), target.devices), target, control)
         except UserError:
             continue  # a mesh or a batch that cannot be
         found.append(dict(change=flags_of(changes), **{k: result[k] for k in ("fits", "hbm_peak_bytes")}))
@@ -198,8 +207,7 @@ def candidates(conf: ml_collections.ConfigDict, devices: int) -> Iterator[dict[s
                        "data.batch_size": times * conf.data.batch_size} | ({"model.remat": remat} if remat else {})
 
 
-def search(conf: ml_collections.ConfigDict, target: Topology, options: dict[str, Any],
-           limit: int = 8) -> list[dict[str, Any]]:
+def search(conf: ml_collections.ConfigDict, target: Topology, control: bool, limit: int = 8) -> list[dict[str, Any]]:
     """Reports of the first `limit` candidates that may fit, best rows per second first, each with its `change`.
 
     Compiled is only what a slice can carry and whose weights, optimizer and activations fit by themselves.
@@ -216,7 +224,7 @@ def search(conf: ml_collections.ConfigDict, target: Topology, options: dict[str,
             held = sum(held_bytes(step).values())
         if held > target.generation.hbm_bytes:
             continue
-        result = report(step, target, options) | dict(change=flags_of(changes))
+        result = report(step, target, control) | dict(change=flags_of(changes))
         found.append(result)
         print(f"{result['change']}: " + ("fits" if result["fits"] else "does not fit"), flush=True)
     if not found:
@@ -282,16 +290,15 @@ def main(arguments: list[str]) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs
     try:
         conf, flags = command.parse("aot", __doc__, FLAGS, arguments)
-        target = topology(flags["topology"])
-        generation = target.generation
-        options = (generation.overlap if flags["overlap"] else {}) | (
-            generation.compiler.control if flags["control"] else {})
+        target, control = topology(flags["topology"]), flags["control"]
+        if flags["overlap"]:
+            conf = changed(conf, {"run.overlap": True})
         if flags["search"]:
-            found: Any = search(conf, target, options)
+            found: Any = search(conf, target, control)
         else:
-            found = report(step_of(conf, target.devices), target, options)
+            found = report(step_of(conf, target.devices), target, control)
             if not found["fits"]:
-                found["remedies"] = remedies(conf, target, options)
+                found["remedies"] = remedies(conf, target, control)
         print(ranking(found) if flags["search"] else table(found))
         if flags["json"]:
             pathlib.Path(flags["json"]).write_text(json.dumps(found, indent=1) + "\n")

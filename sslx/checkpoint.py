@@ -16,7 +16,7 @@ from sslx.config import UserError
 from sslx.state import TrainState
 
 # What may differ between a run and its resumption: nothing of it changes what is computed.
-FREE = ("mesh", "evals", "data.workers", "run.log_every", "run.eval_every", "run.save_every", "run.keep")
+FREE = ("mesh", "evals", "data.workers", "run.overlap", "run.log_every", "run.eval_every", "run.save_every", "run.keep")
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -28,8 +28,10 @@ def parse(module: str, doc: str | None, wanted: Mapping[str, Flag], arguments: l
     """
     command = [f"sslx.{module}", *arguments]
     values = flags.FlagValues()
+    # A flag may set what the file leaves at its default; whether a section takes it is for `config.call` to say.
     config = config_flags.DEFINE_config_file("config", None, "File of the experiment, with its argument: X.py[:arg].",
-                                             flag_values=values, sys_argv=command)
+                                             flag_values=values, sys_argv=command, lock_config=False,
+                                             accept_new_attributes=True)
     holders = {name: DEFINE[flag.kind](name, False if flag.kind is bool else None, flag.help, flag_values=values)
                for name, flag in wanted.items()}
     if {"--help", "-h", "-help"} & set(arguments):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from sslx import checkpoint, config, evals, flops, optim
+from sslx import checkpoint, config, evals, flops, optim, topology
 from sslx.config import UserError
 from sslx.data import Source, pipeline
 from sslx.objectives import Objective
@@ -26,6 +26,7 @@ class Run(NamedTuple):
     """config.run. Intervals are in steps.
 
     accumulate: micro-batches per step; a contrastive loss sees the negatives of its micro-batch.
+    overlap:    compiles with the options that let communication run beside computation (sslx/topology.py).
     log_every, eval_every, save_every: points, evaluations, checkpoints; the last step has all three.
     keep:       newest checkpoints kept.
     """
@@ -33,6 +34,7 @@ class Run(NamedTuple):
     steps: int
     seed: int = 0
     accumulate: int = 1
+    overlap: bool = False
     log_every: int = 20
     eval_every: int = 500
     save_every: int = 500
@@ -69,6 +71,11 @@ class Experiment(NamedTuple):
     optimizer: optim.Optimizer
     evaluation: evals.Evaluate
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Of the training step, on the devices of the mesh."""
+        return topology.overlap(self.mesh.devices.flat) if self.run.overlap else {}
+
 
 def build(conf: ml_collections.ConfigDict, devices: list | None = None) -> Experiment:
     """Reads every section of a config. Raises UserError for whatever cannot work."""
@@ -80,7 +87,7 @@ def build(conf: ml_collections.ConfigDict, devices: list | None = None) -> Exper
             raise UserError(f"section config.{key} is missing")
     run = config.call(Run, conf.run, "config.run")
     for name in Run._fields:
-        if name != "seed" and getattr(run, name) < 1:
+        if name not in ("seed", "overlap") and getattr(run, name) < 1:
             raise UserError(f"config.run.{name} is {getattr(run, name)}; it takes a positive integer")
     data = config.call(Data, conf.data, "config.data")
     mesh = config.call(make_mesh, conf.mesh, "config.mesh", devices=devices)
@@ -90,8 +97,8 @@ def build(conf: ml_collections.ConfigDict, devices: list | None = None) -> Exper
                         f" (run.accumulate) over {batch_shards(mesh)} devices (mesh data x fsdp);"
                         f" choose a multiple of {rows}")
     optimizer = config.call(optim.make, conf.optim, "config.optim")
-    source = pipeline.source(data.train, "config.data.train", data.on_bad)
     model = config.build("models", conf.model, "config.model")
+    source = pipeline.source(data.train, "config.data.train", data.on_bad)
     objective = config.build("objectives", conf.objective, "config.objective", model=model, info=source.info)
     evaluation = evals.make(conf.evals, objective, mesh, data.on_bad)
     return Experiment(conf.to_dict(), run, data, mesh, source, objective, optimizer, evaluation)

@@ -81,8 +81,8 @@ def count(fn: Callable, *args: Any, formulas: Mapping[str, Formula] | None = Non
     return flops
 
 
-def kernels(fn: Callable, *args: Any) -> dict[str, int]:
-    """Hardware FLOPs of one call on one device of each kernel that FORMULAS count in `fn(*args)`, by its name."""
+def kernels(traced: Jaxpr) -> dict[str, int]:
+    """Hardware FLOPs of one call on one device of each kernel in a program that FORMULAS count, by its name."""
     found: dict[str, int] = {}
 
     def visit(jaxpr: Jaxpr, scopes: tuple[str, ...]) -> None:
@@ -94,7 +94,7 @@ def kernels(fn: Callable, *args: Any) -> dict[str, int]:
             for inner in jaxprs_in_params(eqn.params):
                 visit(inner, inside)
 
-    visit(jax.make_jaxpr(fn)(*args).jaxpr, ())
+    visit(traced, ())
     return found
 
 

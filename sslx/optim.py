@@ -1,9 +1,10 @@
-"""Learning-rate schedules and the optax chain."""
+"""Learning-rate schedules, the optax chain, and what parameters are kept in."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from sslx.config import UserError
@@ -12,24 +13,44 @@ DECAYED = ("kernel", "embedding", "prototypes", "up", "down")  # not norms, bias
 
 
 class Optimizer(NamedTuple):
-    """The optax transformation, the learning rate of a step, and the phase of its schedule."""
+    """tx:            the optax transformation, of float32.
+    learning_rate: of a step.
+    phase:         of the schedule, at a step.
+    parameters:    dtype that matrices are kept in.
+    """
 
     tx: optax.GradientTransformation
     learning_rate: optax.Schedule
     phase: Callable[[int], str]
+    parameters: str = "float32"
+
+    def init(self, params):
+        """(parameters as they are kept, state) of float32 parameters."""
+        kept = jax.tree.map(lambda x, matrix: x.astype(self.parameters) if matrix else x, params, decayed(params))
+        return kept, self.tx.init(params)
+
+    def update(self, grads, opt_state, params, key: jax.Array):
+        """(parameters, state) after a step of float32 gradients; `key` is for rounding what is kept in less."""
+        updates, opt_state = self.tx.update(grads, opt_state, optax.tree.cast(params, jnp.float32))
+        leaves, treedef = jax.tree.flatten(params)
+        keys = jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
+        return jax.tree.map(moved, params, updates, keys), opt_state
 
 
 def make(*, steps: int, learning_rate: float, optimizer: Literal["adamw", "lion", "sgd", "lars"] = "adamw",
          schedule: Literal["cosine", "wsd", "constant"] = "cosine", warmup: int = 0, decay: int = 0,
          final: float = 0.0, weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999, momentum: float = 0.9,
-         clip: float | None = None, moments: Literal["float32", "bfloat16"] = "float32") -> Optimizer:
+         clip: float | None = None, moments: Literal["float32", "bfloat16"] = "float32",
+         parameters: Literal["float32", "bfloat16"] = "float32") -> Optimizer:
     """An optimizer over `steps` steps.
 
-    schedule: linear warm-up over `warmup` steps, then "cosine" to `final` x learning_rate; or "wsd": constant,
-              then linear to `final` x learning_rate over the last `decay` steps; or "constant".
-    b1, b2:   of adamw and lion; `momentum` of sgd and lars.
-    clip:     of the global norm of the gradient.
-    moments:  dtype of the mean of gradients (of adamw, lion, and the momentum of sgd).
+    schedule:   linear warm-up over `warmup` steps, then "cosine" to `final` x learning_rate; or "wsd": constant,
+                then linear to `final` x learning_rate over the last `decay` steps; or "constant".
+    b1, b2:     of adamw and lion; `momentum` of sgd and lars.
+    clip:       of the global norm of the gradient.
+    moments:    dtype of the mean of gradients (of adamw, lion, and the momentum of sgd).
+    parameters: dtype that matrices and embeddings are kept in. "bfloat16" without a copy in float32: what an update
+                leads to is rounded at random. Norms, biases, tokens, teachers and second moments stay float32.
     """
     if warmup + decay > steps:
         raise UserError(f"optim.warmup={warmup} and optim.decay={decay} do not fit into run.steps={steps}")
@@ -57,9 +78,28 @@ def make(*, steps: int, learning_rate: float, optimizer: Literal["adamw", "lion"
             return "stable"
         return "decay" if step < steps else "annealed"
 
-    return Optimizer(tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx), rate, phase)
+    tx = tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
+    return Optimizer(tx, rate, phase, parameters)
+
+
+def moved(x: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
+    """x + update, summed in float32 and kept in the dtype of x."""
+    total = x.astype(jnp.float32) + update
+    return total if x.dtype == jnp.float32 else stochastically_rounded(total, key)
+
+
+def stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 as bfloat16, one of the two neighbours of x, drawn so that the mean is x (Gupta et al. 2015).
+
+    So that updates below half of a weight's last bit are not lost (Zamirai et al. 2020).
+    """
+    # The upper half of a float32 is a bfloat16. The lower half is the chance, of 2^16, that the sum carries over.
+    noise = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def decayed(params):
-    """Which parameters weight decay pulls on: matrices and embeddings, by name."""
+    """Which parameters weight decay pulls on, and `parameters` is about: matrices and embeddings, by name."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)

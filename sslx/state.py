@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from sslx.objectives import Objective
+from sslx.optim import Optimizer
 
 
 class TrainState(NamedTuple):
@@ -20,10 +20,11 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def create(objective: Objective, tx: optax.GradientTransformation, seed: int, batch) -> TrainState:
+def create(objective: Objective, optimizer: Optimizer, seed: int, batch) -> TrainState:
     """The state at step 0; traced under the mesh, every weight is born sharded."""
     params, aux = objective.init(jax.random.key(seed), batch)
-    return TrainState(jnp.int32(0), jnp.zeros(2, jnp.uint32), params, aux, tx.init(params))
+    params, opt_state = optimizer.init(params)
+    return TrainState(jnp.int32(0), jnp.zeros(2, jnp.uint32), params, aux, opt_state)
 
 
 def add_exactly(counter: jax.Array, n: jax.Array) -> jax.Array:

@@ -298,6 +298,12 @@ def nearest(name: str, known: list[str]) -> list[str]:
     return difflib.get_close_matches(name, same or known, n=3, cutoff=0)
 
 
+def overlap(devices: Sequence[Any] | np.flatiter) -> dict[str, Any]:
+    """Compiler options that let communication run beside computation; none for a single device or an unknown kind."""
+    known = {generation.device_kind: generation.overlap for generation in GENERATIONS.values()}
+    return known.get(devices[0].device_kind, {}) if len(devices) > 1 else {}
+
+
 def compile_only(generation: Generation, name: str, shape: tuple[int, ...], slices: int) -> list[Any]:
     """Devices that programs can be compiled for and not run on."""
     compiler = generation.compiler

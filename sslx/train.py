@@ -19,10 +19,12 @@ from sslx.config import UserError
 from sslx.data import pipeline
 from sslx.experiment import Experiment, build
 from sslx.objectives import Batch, Objective
+from sslx.optim import Optimizer
 from sslx.sharding import batch_sharding, batch_shards, replicate, spec
 from sslx.state import TrainState
 
 N_SHOWN = 8  # examples in the pictures of the report
+UPDATE = 2**32 - 1  # folded into a step's key for the optimizer; micro-batches count from 0
 
 
 class Diverged(UserError):
@@ -42,21 +44,21 @@ def run(conf: ml_collections.ConfigDict, workdir: str) -> bool:
         return loop(built, pathlib.Path(workdir))
 
 
-def train_step(objective: Objective, tx: optax.GradientTransformation, seed: int, accumulate: int = 1) -> Callable:
-    """(state, batch) -> (state, metrics), jitted, the state donated."""
+def train_step(objective: Objective, optimizer: Optimizer, seed: int, accumulate: int = 1,
+               options: dict[str, Any] | None = None) -> Callable:
+    """(state, batch) -> (state, metrics), jitted with the compiler's `options`, the state donated."""
 
     def step(current: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(seed), current.step)
         grads, aux, metrics = gradient(objective, current.params, current.aux, batch, key, accumulate)
-        updates, opt_state = tx.update(grads, current.opt_state, current.params)
-        params = optax.apply_updates(current.params, updates)
+        params, opt_state = optimizer.update(grads, current.opt_state, current.params, jax.random.fold_in(key, UPDATE))
         tokens = state.add_exactly(current.tokens, metrics["tokens"])
         new = TrainState(current.step + 1, tokens, params, aux, opt_state)
         # A copy: the state itself is donated to the next step before these are read.
         measured = metrics | {"grad_norm": optax.tree.norm(grads), "tokens_seen": jnp.copy(tokens)}
         return lying_as(new, current), measured
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def lying_as(new, old):
@@ -67,12 +69,12 @@ def lying_as(new, old):
 def gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array, accumulate: int):
     """(gradient, aux, metrics) of a batch, taken as `accumulate` micro-batches in turn.
 
-    Micro-batch i has the rows i mod `accumulate`. Gradients and metrics are means, `tokens` is the sum.
+    Micro-batch i has the rows i mod `accumulate`. Gradients, float32, and metrics are means, `tokens` is the sum.
     """
     grad_of = jax.value_and_grad(objective.loss, has_aux=True)
     if accumulate == 1:
         (_, (aux, metrics)), grads = grad_of(params, aux, batch, key)
-        return grads, aux, metrics
+        return optax.tree.cast(grads, jnp.float32), aux, metrics
 
     # The batch dimension splits with the rows first, so that every micro-batch lies on all devices.
     def split(x):
@@ -86,7 +88,7 @@ def gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array, ac
         (_, (new_aux, metrics)), grads = grad_of(params, aux, rows, jax.random.fold_in(key, i))
         return (jax.tree.map(jnp.add, total, grads), lying_as(new_aux, aux)), metrics
 
-    start = jax.tree.map(jnp.zeros_like, params)
+    start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
     (total, aux), metrics = jax.lax.scan(body, (start, aux), (jnp.arange(accumulate), micro))
     means = {name: values.sum(0) if name.endswith("tokens") else values.mean(0) for name, values in metrics.items()}
     return jax.tree.map(lambda g: g / accumulate, total), aux, means
@@ -110,7 +112,7 @@ def loop(built: Experiment, workdir: pathlib.Path) -> bool:
         return (({name: x for name, x in batch.items() if name != "label"}, host) for batch, host in found)
 
     example = next(batches(0, 1))[0]
-    born = jax.jit(lambda batch: state.create(objective, optimizer.tx, options.seed, batch))
+    born = jax.jit(lambda batch: state.create(objective, optimizer, options.seed, batch))
     unborn = abstract(born, example, mesh)
     counted = count_flops(objective, unborn, example)
     # Only a config whose networks and loss can be traced lays claim to the workdir.
@@ -125,9 +127,12 @@ def loop(built: Experiment, workdir: pathlib.Path) -> bool:
     logger.say(f"{record['objective']} on {source.info.name}: {record['n_params']:,} parameters,"
                f" {counted.model_total:.3g} FLOPs a step, mesh {dict(mesh.shape)}"
                + ("" if resumed is None else f", resumed at step {start}"))
+    if options.overlap and not built.compiler_options:
+        logger.say(f"run.overlap: no options are known that would change anything on {mesh.size} x"
+                   f" {record['device']}")
     if start == options.steps:
         logger.say(f"this run is finished: step {start} of {options.steps} was saved, nothing is left to train")
-    step_fn = train_step(objective, optimizer.tx, options.seed, options.accumulate)
+    step_fn = train_step(objective, optimizer, options.seed, options.accumulate, built.compiler_options)
     show = objective.show and jax.jit(objective.show)
     n_shown = batch_shards(mesh) * math.ceil(N_SHOWN / batch_shards(mesh))
     shown_batch = next(batches(0, 1, n_shown))[0]

@@ -56,5 +56,5 @@ def first_batch(built: Experiment) -> dict[str, jax.Array]:
 
 def abstract_state(built: Experiment, batch: dict[str, jax.Array]) -> state.TrainState:
     """Shapes, dtypes and shardings of the state at step 0; the mesh must be set."""
-    born = jax.jit(lambda batch: state.create(built.objective, built.optimizer.tx, 0, batch))
+    born = jax.jit(lambda batch: state.create(built.objective, built.optimizer, 0, batch))
     return train.abstract(born, batch, built.mesh)

@@ -9,9 +9,9 @@ import jax
 import pytest
 from experiments import PODS, ROOT
 
-from sslx import aot, train
+from sslx import aot, command, train
 from sslx.optim import DECAYED
-from sslx.topology import CUDA, topology
+from sslx.topology import CUDA, GENERATIONS, topology
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install 'sslx[tpu]'")
 
@@ -61,6 +61,54 @@ def test_roofline_is_an_interval(sharded):
         sharded[k] for k in ("compute_s", "ici_s", "dcn_s"))
 
 
+def test_overlap_reaches_the_compiler(tmp_path):
+    out, shares = tmp_path / "report.json", []
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--topology", "v5p:2x2x1"]
+    for flags in ([], ["--overlap"]):
+        assert aot.main([*QUICKSTART, *mesh, *flags, "--json", str(out)]) == 0
+        shares.append(json.loads(out.read_text())["async_share"])
+    assert shares[0] < 0.1 and shares[1] > 0.5
+
+
+def parsed(*flags):
+    return command.parse("aot", "", aot.FLAGS, [*QUICKSTART, "--topology", "v5p:2x2x1", *flags])[0]
+
+
+def test_the_flag_and_the_field_of_the_config_are_one_switch():
+    devices = topology("v5p:2x2x1").devices
+
+    def options(devices, *flags):
+        return aot.step_of(parsed(*flags), devices).built.compiler_options
+
+    assert options(devices) == {}
+    assert options(devices, "--config.run.overlap=True") == GENERATIONS["v5p"].overlap != {}
+    assert options(devices[:1], "--config.run.overlap") == {}  # nothing talks
+    assert options(jax.devices("cpu"), "--config.run.overlap") == {}
+
+
+def test_what_a_remedy_prints_can_be_typed():
+    conf = parsed()
+    changes = aot.lighter(conf)
+    assert {"run.accumulate": 2} in changes and {"optim.parameters": "bfloat16"} in changes
+    for change in changes:
+        typed = parsed(*aot.flags_of(change).split())
+        assert typed.to_dict() == aot.changed(conf, change).to_dict()
+        assert typed.to_dict() != conf.to_dict()
+
+
+def test_parameters_in_bfloat16_take_half_the_memory():
+    devices = topology("v5p:2x2x1").devices
+
+    def held(*flags):
+        step = aot.step_of(parsed(*flags), devices)
+        with jax.set_mesh(step.built.mesh):
+            return aot.held_bytes(step)
+
+    wide, narrow = held(), held("--config.optim.parameters=bfloat16")
+    assert 0.5 < narrow["parameters"] / wide["parameters"] < 0.52  # but for norms
+    assert narrow["optimizer"] == wide["optimizer"]
+
+
 def test_a_slice_that_does_not_exist_is_refused(capsys):
     assert aot.main([*QUICKSTART, "--topology", "v5e:32x32"]) == 2
     assert "'v5e:32x32' does not exist" in capsys.readouterr().err
@@ -106,6 +154,6 @@ def test_pod_config_is_built_and_counted_for_its_slice(path):
 @pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
 def test_pod_config_fits_its_slice(path):
     slice_ = topology(topology_of(path))
-    found = aot.report(aot.step_of(runpy.run_path(str(path))["get_config"](), slice_.devices), slice_, {})
+    found = aot.report(aot.step_of(runpy.run_path(str(path))["get_config"](), slice_.devices), slice_)
     assert found["fits"] and found["unknown_trips"] == found["unknown_kernels"] == []
     assert found["flops_per_device"] == pytest.approx(found["flops_hw_per_device"], rel=0.05)

@@ -40,6 +40,9 @@ def refused(cache, workdir, *flags, config=f"{QUICKSTART}:debug", devices=1) -> 
 @pytest.mark.parametrize(("flag", "words"), [
     ("--config.model.widht=3", ("widht", "width")),
     ("--config.modle.width=3", ("modle",)),
+    ("--config.mesh.contxt=2", ("config.mesh.contxt", "'context'")),  # neither in the file
+    ("--config.mesh.context=two", ("config.mesh.context", "'two'", "an integer")),
+    ("--config.optim.parameters=bf16", ("config.optim.parameters", "'bfloat16'")),
     ("--config.model.width=wide", ("config.model.width", "wide")),
     ("--config.model.width=3.5", ("config.model.width", "3.5")),
     ("--confg=x", ("confg",)),

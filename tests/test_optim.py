@@ -96,3 +96,62 @@ def test_clip_bounds_the_global_norm_and_leaves_small_gradients():
         grads = jax.tree.map(lambda x, size=size: size * x, PARAMS)
         updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS)
         np.testing.assert_allclose(optax.global_norm(updates), expected, rtol=1e-5)
+
+
+def test_rounding_takes_one_of_the_two_neighbours_and_is_right_in_the_mean():
+    draws, exact = 1000, np.float32([0.0, -0.0, 1.0, -3.0, 2.0**-100])
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=2000) * 10.0 ** rng.uniform(-20, 20, 2000), exact]).astype(np.float32)
+    rounded = optim.stochastically_rounded(jnp.broadcast_to(x, (draws, len(x))), jax.random.key(0))
+    assert rounded.dtype == jnp.bfloat16
+    rounded = np.asarray(rounded, np.float64)
+    below = (x.view(np.uint32) & 0xFFFF0000).view(np.float32)  # in magnitude
+    above = np.where(x == below, x, (below.view(np.uint32) + 0x10000).view(np.float32))
+    assert ((rounded == below) | (rounded == above)).all()
+    between = x != below
+    gap = (above.astype(np.float64) - below)[between]
+    up = (x.astype(np.float64) - below)[between] / gap  # the chance of `above`
+    error = ((rounded.mean(0) - x)[between] / gap) / np.sqrt(up * (1 - up) / draws)
+    assert between.sum() == 2000 and abs(error).max() < 5  # of 2000 normal numbers
+    assert abs(error.mean()) < 4 / np.sqrt(2000) and abs(error.std() - 1) < 4 / np.sqrt(4000)
+
+
+def test_what_is_not_finite_stays_so():
+    x = np.array([0x7F800000, 0xFF800000, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF], np.uint32).view(np.float32)
+    rounded = np.asarray(optim.stochastically_rounded(jnp.broadcast_to(x, (100, 5)), jax.random.key(0)), np.float32)
+    np.testing.assert_array_equal(rounded, np.broadcast_to(x, (100, 5)))
+
+
+def test_updates_below_the_last_bit_of_a_weight_add_up():
+    """200 times 1e-4, to weights of 1 whose neighbour is at 1 + 2^-7: nearest rounding leaves them."""
+    steps, rate, n = 200, 1e-4, 4096
+    optimizer = optim.make(steps=steps, learning_rate=rate, optimizer="sgd", schedule="constant", momentum=0.0,
+                           parameters="bfloat16")
+    wide = {"kernel": jnp.ones(n), "bias": jnp.ones(n)}
+    grads = jax.tree.map(lambda x: -x, wide)
+
+    @jax.jit
+    def run(params, opt_state):
+        keys = jax.random.split(jax.random.key(0), steps)
+        return jax.lax.scan(lambda now, key: (optimizer.update(grads, now[1], now[0], key), None),
+                            (params, opt_state), keys)[0][0]
+
+    params, opt_state = optimizer.init(wide)
+    assert (optax.apply_updates(params, jax.tree.map(lambda g: -rate * g, grads))["kernel"] == 1).all()
+    moved = jax.tree.map(np.float64, run(params, opt_state))
+    chance, gap = rate * 2**7, 2**-7  # of each step, and its size
+    spread = gap * np.sqrt(steps * chance * (1 - chance))
+    np.testing.assert_allclose(moved["bias"], 1 + steps * rate, rtol=1e-5)
+    assert abs(moved["kernel"].mean() - (1 + steps * rate)) < 4 * spread / np.sqrt(n)
+    np.testing.assert_allclose(moved["kernel"].std(), spread, rtol=0.1)  # every weight for itself
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd", "lars"])
+def test_matrices_are_kept_in_bfloat16_and_the_rest_in_float32(optimizer):
+    made = optim.make(steps=10, learning_rate=0.1, optimizer=optimizer, weight_decay=0.1, parameters="bfloat16")
+    born = made.init(PARAMS)
+    after = jax.jit(made.update)(PARAMS, born[1], born[0], jax.random.key(0))
+    for params, opt_state in (born, after):
+        dtypes = jax.tree.map(lambda x: x.dtype == jnp.bfloat16, params)
+        assert dtypes == DECAYED
+        assert {x.dtype for x in jax.tree.leaves(opt_state)} <= {jnp.dtype("float32"), jnp.dtype("int32")}

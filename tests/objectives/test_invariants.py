@@ -23,7 +23,7 @@ def born(name, **model):
     built = experiment(name, **model)
     with jax.set_mesh(built.mesh):
         batch = first_batch(built)
-        return built, batch, jax.jit(lambda b: state.create(built.objective, built.optimizer.tx, 0, b))(batch)
+        return built, batch, jax.jit(lambda b: state.create(built.objective, built.optimizer, 0, b))(batch)
 
 
 def largest(tree) -> float:
