@@ -1,10 +1,11 @@
-"""Llama-2-70B's shape for 512 chips of TPU v5p: weights over 64 groups of 8 that share heads and hidden units.
+"""Llama-2-70B's shape for 512 chips of TPU v5p, every weight over all of them (ZeRO-3).
 
     python -m sslx.aot --config configs/causal_70b.py --topology v5p:8x8x8
     python -m sslx.data.prepare --out /data/tokens ...
     python -m sslx.main --config configs/causal_70b.py --workdir gs://BUCKET/causal_70b
 
-One sequence of 4096 tokens a chip, 2M tokens a step.
+One sequence of 4096 tokens a chip, 2M tokens a step. With fewer rows, groups of 8 chips share heads and hidden units:
+--config.mesh.fsdp=64 --config.mesh.tensor=8 --config.data.batch_size=128.
 """
 
 import ml_collections
@@ -14,7 +15,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     debug = arg == "debug"
     steps, length = (24, 64) if debug else (100_000, 4096)
     config = ml_collections.ConfigDict()
-    config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1) if debug else dict(data=1, fsdp=-1, tensor=8)
+    config.mesh = dict(data=-1, fsdp=1, tensor=1, expert=1) if debug else dict(data=1, fsdp=-1, tensor=1)
     small = dict(vocab_size=384, width=64, depth=2, heads=4, kv_heads=2)
     large = dict(vocab_size=32_000, width=8192, depth=80, heads=64, kv_heads=8, hidden=28_672)
     size = small if debug else large
