@@ -57,8 +57,7 @@ def step_of(conf: ml_collections.ConfigDict, devices: list[Any]) -> Step:
     batch: dict[str, Any] = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=lying)
                              for name, x in row.items()}
     with jax.set_mesh(built.mesh):
-        born = jax.jit(lambda batch: state.create(built.objective, built.optimizer, built.run.seed, batch))
-        return Step(built, train.abstract(born, batch, built.mesh), batch)
+        return Step(built, state.abstract(built.objective, built.optimizer, built.run.seed, batch), batch)
 
 
 def report(step: Step, target: Topology, control: bool = False) -> dict[str, Any]:

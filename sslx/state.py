@@ -1,5 +1,6 @@
 """TrainState: everything a resume needs, and nothing else. Keys are folded from the step, so none are stored."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +21,23 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def create(objective: Objective, optimizer: Optimizer, seed: int, batch) -> TrainState:
     """The state at step 0; traced under the mesh, every weight is born sharded."""
     params, aux = objective.init(jax.random.key(seed), batch)
     params, opt_state = optimizer.init(params)
     return TrainState(jnp.int32(0), jnp.zeros(2, jnp.uint32), params, aux, opt_state)
+
+
+def abstract(objective: Objective, optimizer: Optimizer, seed: int, batch) -> TrainState:
+    """Shapes, dtypes and shardings of what `create` returns, without computing it; the mesh must be set."""
+    mesh = jax.sharding.get_mesh()
+
+    def concrete(x):
+        spec = x.sharding.spec if x.sharding else jax.sharding.PartitionSpec()  # a constant has none
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree.map(concrete, jax.eval_shape(functools.partial(create, objective, optimizer, seed), batch))
 
 
 def add_exactly(counter: jax.Array, n: jax.Array) -> jax.Array:

@@ -112,15 +112,15 @@ def loop(built: Experiment, workdir: pathlib.Path) -> bool:
         return (({name: x for name, x in batch.items() if name != "label"}, host) for batch, host in found)
 
     example = next(batches(0, 1))[0]
-    born = jax.jit(lambda batch: state.create(objective, optimizer, options.seed, batch))
-    unborn = abstract(born, example, mesh)
+    unborn = state.abstract(objective, optimizer, options.seed, example)
     counted = count_flops(objective, unborn, example)
     # Only a config whose networks and loss can be traced lays claim to the workdir.
     checkpoint.claim(workdir, conf, source.info.fingerprint)
     checkpoints = checkpoint.Checkpoints(workdir, options.keep)
     resumed = checkpoints.latest()
     start = resumed or 0
-    current = born(example) if resumed is None else checkpoints.restore(resumed, unborn)
+    current = (state.create(objective, optimizer, options.seed, example) if resumed is None
+               else checkpoints.restore(resumed, unborn))
     peak = flops.peak_flops(jax.devices()[0], conf["model"].get("dtype", "bfloat16"))
     record = experiment.record(built, current, counted, peak)
     logger = log.Logger(workdir, record, resumed, options.steps, jax.process_index() == 0)
@@ -221,13 +221,3 @@ def check_finite(step: int, metrics: dict[str, float], saved: int | None) -> Non
             last = "No checkpoint had been saved." if saved is None else f"The last good checkpoint is of step {saved}."
             raise Diverged(f"the {what} of step {step} is not finite. {last} Try a lower optim.learning_rate, a longer"
                            " optim.warmup, optim.clip=1.0 or model.dtype='float32'")
-
-
-def abstract(born: Callable, batch: Batch, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without computing it."""
-
-    def concrete(x):
-        spec = x.sharding.spec if x.sharding else jax.sharding.PartitionSpec()  # a constant has none
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
-
-    return jax.tree.map(concrete, jax.eval_shape(born, batch))

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import ml_collections
 
-from sslx import config, state, train
+from sslx import config, state
 from sslx.data import pipeline
 from sslx.experiment import Experiment, build
 from sslx.sharding import batch_sharding
@@ -18,6 +18,18 @@ OBJECTIVES = sorted(path.stem for path in (ROOT / "sslx" / "objectives").glob("*
 BATCH = 16
 AXES = ("data", "fsdp", "tensor", "context", "expert")
 MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "2x2x2": (2, 2, 2)}
+
+
+def axes(conf: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The mesh axes that an objective supports as it is configured: time is cut of text, experts are of a mixture."""
+    text, mixture = "vocab_size" in conf.model, "experts" in conf.model
+    return "data", "fsdp", "tensor", *["context"] * text, *["expert"] * mixture
+
+
+def meshes(conf: ml_collections.ConfigDict) -> list[tuple[int, ...]]:
+    """Meshes of 8 devices, two along each of three axes, that together have all axes which a config supports."""
+    supported = axes(conf)
+    return [tuple(1 + (axis in cut) for axis in AXES) for cut in dict.fromkeys((supported[:3], supported[-3:]))]
 
 
 def debug_config(path: pathlib.Path) -> ml_collections.ConfigDict:
@@ -56,5 +68,4 @@ def first_batch(built: Experiment) -> dict[str, jax.Array]:
 
 def abstract_state(built: Experiment, batch: dict[str, jax.Array]) -> state.TrainState:
     """Shapes, dtypes and shardings of the state at step 0; the mesh must be set."""
-    born = jax.jit(lambda batch: state.create(built.objective, built.optimizer, 0, batch))
-    return train.abstract(born, batch, built.mesh)
+    return state.abstract(built.objective, built.optimizer, 0, batch)
