@@ -1,6 +1,6 @@
-"""A Llama of 1.1B parameters (TinyLlama with wider heads) for 64 chips of TPU v5e, weights over all of them (ZeRO-3).
+"""A Llama of 1.1B parameters (TinyLlama with wider heads) for 64 chips of TPU v6e, weights over all of them (ZeRO-3).
 
-    python -m sslx.aot --config configs/causal_1b.py --topology v5e:8x8
+    python -m sslx.aot --config configs/causal_1b.py --topology v6e:8x8
     python -m sslx.data.prepare --out /data/tokens ...
     python -m sslx.main --config configs/causal_1b.py --workdir gs://BUCKET/causal_1b
 
