@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
     # Nearly all of a test's time is compilation.
@@ -11,3 +13,10 @@ FLAGS = (
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Where the processes that tests start keep compiled programs: one folder for all workers of a session."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"

@@ -11,27 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from experiments import BATCH, CONFIGS, MESHES, OBJECTIVES, abstract_state, experiment, first_batch
+from experiments import AXES, BATCH, CONFIGS, MESHES, OBJECTIVES, abstract_state, axes, experiment, first_batch, meshes
 
-from sslx import state, train
+from sslx import optim, state, train
 from sslx.checkpoint import Checkpoints
 from sslx.config import UserError
 from sslx.objectives import Objective
 from sslx.sharding import make_mesh, spec
 
 STEPS = 15
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Tiny programs that run a few times: most of the time would go into optimizing them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
+ALONE, MESH = (1, 1, 1), MESHES["2x2x2"]
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
 every_mesh = pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
+
+EVERY_AXIS = [(name, shape) for name, conf in CONFIGS.items() for shape in meshes(conf)]
+LONE_AXIS = [(name, shape) for name in CONFIGS for shape in ((8,), (1, 8))]
+LONG_AXIS = [("causal_text", (1, 2, 1, 4)), ("mlm_text", (2, 1, 2, 2)), ("span_text", (2, 1, 2, 2)),
+             ("moe_text", (1, 1, 2, 4)), ("moe_text", (2, 2, 1, 1, 2)), ("moe_text", (1, 1, 2, 1, 4))]
 
 
 def leaves(tree):
@@ -52,43 +49,61 @@ def difference(tree, reference):
 
 
 @functools.cache
+def born(name, shape):
+    """(experiment, batch, state at step 0) of a config on a mesh."""
+    built = experiment(name, shape)
+    with jax.set_mesh(built.mesh):
+        batch = first_batch(built)
+        return built, batch, jax.jit(lambda batch: state.create(built.objective, built.optimizer, 0, batch))(batch)
+
+
+def jittered(path, x):
+    """Zeros and ones that weights begin with would hide gradients, so all have noise added."""
+    noise = np.random.default_rng(list(jax.tree_util.keystr(path).encode())).normal(scale=0.05, size=x.shape)
+    return jax.device_put(np.asarray(x) + noise.astype(x.dtype), x.sharding)
+
+
+@functools.cache
 def first_gradient(name, shape):
     """(params, loss, aux, metrics, gradient) of a config on a mesh, on the host.
 
-    Zeros and ones that weights begin with would hide gradients, so all have noise added; and the objective has seen
-    one batch before, so that its aux is what a step made of it.
+    The objective has seen the batch before, so that its aux is what a step made of it.
     """
-    built = experiment(name, shape)
+    built, batch, start = born(name, shape)
 
-    def jittered(path, x):
-        key = jax.random.fold_in(jax.random.key(1), hash_of(path))
-        return x + 0.05 * jax.random.normal(key, x.shape, out_sharding=jax.typeof(x).sharding)
-
-    def gradient(batch):
-        born = state.create(built.objective, built.optimizer.tx, 0, batch)
-        params = jax.tree_util.tree_map_with_path(jittered, born.params)
-        aux = built.objective.loss(params, born.aux, batch, jax.random.key(2))[1][0]
-        grad_of = jax.value_and_grad(built.objective.loss, has_aux=True)
-        (loss, (aux, metrics)), grads = grad_of(params, aux, batch, jax.random.key(3))
-        return params, loss, aux, metrics, grads
+    @jax.jit
+    def gradient(params, aux, batch, key):
+        (loss, (new, metrics)), grads = jax.value_and_grad(built.objective.loss, has_aux=True)(params, aux, batch, key)
+        return loss, train.lying_as(new, aux), metrics, grads
 
     with jax.set_mesh(built.mesh):
-        return jax.device_get(jax.jit(gradient)(first_batch(built)))
-
-
-def hash_of(path):
-    return sum(i * byte for i, byte in enumerate(jax.tree_util.keystr(path).encode(), 1)) % 2**31
+        params = jax.tree_util.tree_map_with_path(jittered, start.params)
+        _, aux, *_ = gradient(params, start.aux, batch, jax.random.key(2))
+        return jax.device_get((params, *gradient(params, aux, batch, jax.random.key(3))))
 
 
 def test_every_objective_has_a_config():
     assert {conf.objective.name for conf in CONFIGS.values()} == set(OBJECTIVES)
 
 
-@every_config
-@every_mesh
+def test_every_objective_is_tested_on_every_axis_it_supports():
+    tested = {(name, axis) for name, shape in EVERY_AXIS for axis, n in zip(AXES, shape, strict=True) if n > 1}
+    assert tested == {(name, axis) for name, conf in CONFIGS.items() for axis in axes(conf)}
+    everywhere, text = {"data", "fsdp", "tensor"}, {"causal_lm", "masked_lm", "span_corruption"}
+    for name in OBJECTIVES:
+        of_objective = {axis for config, axis in tested if CONFIGS[config].objective.name == name}
+        assert of_objective >= everywhere and (name not in text or "context" in of_objective), name
+    assert any(axis == "expert" for _, axis in tested)
+
+
+def mesh_id(part):
+    return part if isinstance(part, str) else "x".join(map(str, part))
+
+
+@pytest.mark.parametrize("name, shape", EVERY_AXIS, ids=mesh_id)
 def test_sharded_is_unsharded(name, shape):
     params, loss, aux, metrics, grads = first_gradient(name, shape)
-    params_1, loss_1, aux_1, metrics_1, grads_1 = first_gradient(name, (1, 1, 1))
+    params_1, loss_1, aux_1, metrics_1, grads_1 = first_gradient(name, ALONE)
     worst = dict(params=difference(params, params_1), aux=difference(aux, aux_1), grads=difference(grads, grads_1))
     np.testing.assert_allclose(loss, loss_1, rtol=1e-5)
     assert metrics["tokens"] == metrics_1["tokens"] > 0
@@ -97,43 +112,37 @@ def test_sharded_is_unsharded(name, shape):
     assert worst["grads"][0] < 1e-4, worst
 
 
-@pytest.mark.parametrize("name", ["causal_text", "mlm_text", "span_text", "moe_text"])
-def test_sharded_over_context_is_unsharded(name):
-    test_sharded_is_unsharded(name, (2, 1, 2, 2))
-
-
-@pytest.mark.parametrize("name, shape", [("causal_text", (1, 2, 1, 4)), ("moe_text", (1, 1, 2, 4))])
-def test_sharded_over_long_context_is_unsharded(name, shape):
+@pytest.mark.slow
+@pytest.mark.parametrize("name, shape", LONE_AXIS + LONG_AXIS, ids=mesh_id)
+def test_sharded_over_more_devices_of_an_axis_is_unsharded(name, shape):
     test_sharded_is_unsharded(name, shape)
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 1, 1, 2), (1, 1, 2, 1, 4)], ids=["2x2x1x1x2", "1x1x2x1x4"])
-def test_sharded_over_experts_is_unsharded(shape):
-    test_sharded_is_unsharded("moe_text", shape)
 
 
 def test_context_that_does_not_divide_is_refused():
     """Patches and a class token are an odd number."""
     with pytest.raises(UserError, match="mesh.context=2 does not divide a sequence of"):
-        first_gradient("dino_fashion_mnist", (1, 1, 1, 2))
+        born("dino_fashion_mnist", (1, 1, 1, 2))
 
 
 @every_config
 def test_gradient_reaches_every_parameter(name):
-    *_, grads = first_gradient(name, (1, 1, 1))
+    *_, grads = first_gradient(name, ALONE)
     for path, gradient in leaves(grads).items():
         assert np.isfinite(gradient).all() and gradient.any(), path
+
+
+def copied(tree):
+    """The same arrays in other memory: a step takes that of its state."""
+    return jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), tree)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
 def trained(request):
     """(config name, experiment on 2x2x2, batch, state at step 0, state after STEPS on the batch, metrics, step)."""
-    built = experiment(request.param, MESHES["2x2x2"])
+    built, batch, start = born(request.param, MESH)
     with jax.set_mesh(built.mesh):
-        batch = first_batch(built)
-        start = abstract_state(built, batch)
-        current = jax.jit(lambda batch: state.create(built.objective, built.optimizer.tx, 0, batch))(batch)
-        step = train.train_step(built.objective, built.optimizer.tx, 0)
+        current = copied(start)
+        step = train.train_step(built.objective, built.optimizer, 0)
         metrics = []
         for _ in range(STEPS):
             current, measured = step(current, batch)
@@ -143,12 +152,14 @@ def trained(request):
 
 def test_loss_falls_on_a_fixed_batch(trained):
     """For the same draws and the same aux, the first: what aux carries (a teacher, a centre) moves the loss as well."""
-    _, built, batch, _, current, metrics, _ = trained
+    _, _, batch, start, current, metrics, step = trained
     assert np.isfinite([m["grad_norm"] for m in metrics]).all()
-    born = jax.jit(lambda batch: state.create(built.objective, built.optimizer.tx, 0, batch))(batch)
-    loss = jax.jit(lambda params, key: built.objective.loss(params, born.aux, batch, key)[0])
-    keys = [jax.random.key(i) for i in range(3)]
-    before, after = ([float(loss(params, key)) for key in keys] for params in (born.params, current.params))
+
+    def loss(params, i):
+        at_step = jax.device_put(np.int32(i), start.step.sharding)
+        return float(step(copied(start._replace(params=params, step=at_step)), batch)[1]["loss"])
+
+    before, after = ([loss(params, i) for i in range(3)] for params in (start.params, current.params))
     assert np.mean(after) < np.mean(before), (before, after)
 
 
@@ -184,17 +195,16 @@ def test_features_are_frozen(trained):
 def test_flops_do_not_depend_on_the_mesh(trained):
     name, built, batch, start, *_ = trained
     sharded = train.count_flops(built.objective, start, batch)
-    alone = experiment(name)
+    alone, batch_1, start_1 = born(name, ALONE)
     with jax.set_mesh(alone.mesh):
-        batch_1 = first_batch(alone)
-        unsharded = train.count_flops(alone.objective, abstract_state(alone, batch_1), batch_1)
+        unsharded = train.count_flops(alone.objective, start_1, batch_1)
     assert sharded == unsharded
     assert sharded.hw_total >= sharded.model_total > 0
 
 
 def test_tokens_of_micro_batches_add_up(trained):
     """Tokens of a step are those of its rows, however it is cut."""
-    _, built, batch, start, current, metrics, _ = trained
+    _, built, batch, _, current, metrics, _ = trained
 
     @functools.partial(jax.jit, static_argnums=1)
     def tokens(current, accumulate):
@@ -204,20 +214,20 @@ def test_tokens_of_micro_batches_add_up(trained):
     assert tokens(current, 2) == metrics[0]["tokens"]
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 1)], ids=["1x1x1", "1x8x1"])
-def test_checkpoint_moves_to_another_mesh(trained, tmp_path, shape):
+def test_checkpoint_moves_to_another_mesh(trained, tmp_path):
     name, _, _, _, current, _, _ = trained
     saved = Checkpoints(tmp_path, keep=1)
     saved.save(current)
     saved.close()
-    other = experiment(name, shape)
-    with jax.set_mesh(other.mesh):
-        abstract = abstract_state(other, first_batch(other))
-        opened = Checkpoints(tmp_path, keep=1)
-        restored = opened.restore(STEPS, abstract)
-        opened.close()
-    jax.tree.map(lambda new, wanted: np.testing.assert_equal(new.sharding, wanted.sharding), restored, abstract)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(current))
+    for shape in (ALONE, MESHES["1x8x1"]):
+        other = experiment(name, shape)
+        with jax.set_mesh(other.mesh):
+            abstract = abstract_state(other, first_batch(other))
+            opened = Checkpoints(tmp_path, keep=1)
+            restored = opened.restore(STEPS, abstract)
+            opened.close()
+        jax.tree.map(lambda new, wanted: np.testing.assert_equal(new.sharding, wanted.sharding), restored, abstract)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), jax.device_get(current))
 
 
 def mean_over_rows() -> Objective:
@@ -266,17 +276,16 @@ def experiment_mesh(shape):
 def test_accumulation_of_a_language_model_on_a_mesh():
     """Causal language modelling draws nothing, and all its rows have as many tokens."""
     name = next(name for name, conf in CONFIGS.items() if conf.objective.name == "causal_lm")
-    built = experiment(name, MESHES["2x2x2"])
+    _, _, _, metrics_1, whole = first_gradient(name, MESH)
+    built, batch, start = born(name, MESH)
+
+    @jax.jit
+    def gradient(params, aux, batch):
+        return train.gradient(built.objective, params, aux, batch, jax.random.key(1), 2)
+
     with jax.set_mesh(built.mesh):
-        batch = first_batch(built)
-
-        @functools.partial(jax.jit, static_argnums=1)
-        def gradient(batch, accumulate):
-            params, aux = built.objective.init(jax.random.key(0), batch)
-            grads, _, metrics = train.gradient(built.objective, params, aux, batch, jax.random.key(1), accumulate)
-            return grads, metrics
-
-        (whole, metrics_1), (parts, metrics_2) = jax.device_get((gradient(batch, 1), gradient(batch, 2)))
+        params = jax.tree_util.tree_map_with_path(jittered, start.params)
+        parts, _, metrics_2 = jax.device_get(gradient(params, start.aux, batch))
     assert difference(parts, whole)[0] < 1e-4
     np.testing.assert_allclose(metrics_2["loss"], metrics_1["loss"], rtol=1e-5)
     assert metrics_2["tokens"] == metrics_1["tokens"]
@@ -295,14 +304,16 @@ def test_counter_is_exact_beyond_32_bits(start, n):
 def test_gradient_of_a_step_is_clipped_and_applied_as_optax_does():
     """The step is nothing but gradient, update and aux: compared with optax by hand over two steps."""
     objective, tx = mean_over_rows(), optax.chain(optax.clip_by_global_norm(0.1), optax.adam(0.01))
+    optimizer = optim.make(steps=2, learning_rate=0.01, schedule="constant", clip=0.1)
     rng = np.random.default_rng(1)
     mesh = experiment_mesh(MESHES["8x1x1"])
     with jax.set_mesh(mesh):
         rows = {"x": rng.normal(size=(8, 5)).astype(np.float32), "y": rng.normal(size=(8, 3)).astype(np.float32)}
         batch = jax.device_put(rows, jax.sharding.NamedSharding(mesh, spec("batch")))
-        current = jax.jit(lambda batch: state.create(objective, tx, 0, batch))(batch)
-        params, opt_state = jax.tree.map(jnp.copy, (current.params, current.opt_state))
-        step = train.train_step(objective, tx, 0)
+        current = jax.jit(lambda batch: state.create(objective, optimizer, 0, batch))(batch)
+        params = jax.tree.map(jnp.copy, current.params)
+        opt_state = tx.init(params)
+        step = train.train_step(objective, optimizer, 0)
         for _ in range(2):
             grads = jax.grad(lambda p: objective.loss(p, {"calls": 0}, batch, None)[0])(params)
             updates, opt_state = tx.update(grads, opt_state, params)

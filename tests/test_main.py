@@ -18,11 +18,6 @@ QUICKSTART = command.CONFIGS / "quickstart.py"
 SECTIONS = ("mesh", "model", "objective", "data", "optim", "run", "evals")
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def paragraph(err: str) -> str:
     """What the user is told: one paragraph, at the end of stderr unless threads of Orbax complain after it."""
     return next(line for line in err.splitlines() if line.startswith("error: "))

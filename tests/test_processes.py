@@ -21,11 +21,6 @@ SHORT = (f"--config.run.steps={STEPS}", f"--config.optim.steps={STEPS}", "--conf
 LAUNCH = command.ROOT / "launch"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 def config(folder, name):
     """A config's debug variant without the probe, which takes longer than all the rest and runs on one device."""
     return command.variant(folder, name, "config.evals.probe = None")
@@ -147,6 +142,16 @@ def test_processes_end_like_one(name, n, tolerance, cache, tmp_path):
     killed_and_resumed(cache, line, tmp_path / "several", n)
     assert command.run(cache, *line, "--workdir", tmp_path / "one", devices=2 * n)[0] == 0
     assert_close(tmp_path / "several", tmp_path / "one", tolerance)
+
+
+@pytest.mark.slow
+def test_two_devices_are_identical_in_one_process_and_in_two(cache, tmp_path):
+    """A sum of two does not depend on who adds; one of more does, hence the tolerances above."""
+    line = ["--config", config(tmp_path, "quickstart"), *SHORT]
+    ended = finish(command.start_all(cache, 2, *line, "--workdir", tmp_path / "two", devices=1))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert command.run(cache, *line, "--workdir", tmp_path / "one", devices=2)[0] == 0
+    assert_identical(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -22,11 +22,6 @@ CONFIGS = [pytest.param(p.stem, marks=() if p.stem in AMONG_THE_QUICK else pytes
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(cache, tmp_path_factory):
     """(command line, workdir) of a config that ran from start to end, once for all tests."""
     done = {}
