@@ -3,7 +3,7 @@
     python -m sslx.aot --config configs/dino_vit_g.py --topology v6e:16x16
     python -m sslx.main --config configs/dino_vit_g.py --workdir gs://BUCKET/dino_vit_g
 
-8 images a chip, each in 2 crops of 224 and 8 of 98 pixels, 65536 prototypes; all chips hold the whole network.
+4 images a chip, each in 2 crops of 224 and 8 of 98 pixels, 65536 prototypes; all chips hold the whole network.
 """
 
 import ml_collections
@@ -11,7 +11,7 @@ import ml_collections
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     debug = arg == "debug"
-    steps, size = (24, 16) if debug else (125_000, 224)
+    steps, size = (24, 16) if debug else (250_000, 224)
     rows = dict(modality="image", size=size)
     images = dict(name="synthetic", **rows) if debug else dict(name="arrayrecord", path="/data/images", size=size)
     config = ml_collections.ConfigDict()
@@ -22,9 +22,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.objective = dict(name="dino", steps=steps, global_view=dict(size=size, scale=(0.32, 1.0)),
                             local_view=dict(size=8 if debug else 98, scale=(0.05, 0.32)), n_local=2 if debug else 8,
                             n_prototypes=64 if debug else 65_536, temperature_warmup=steps // 8)
-    config.data = dict(batch_size=16 if debug else 2048, train=images, synthetic=rows)
-    config.optim = dict(steps=steps, learning_rate=1e-3, schedule="cosine", warmup=steps // 10, weight_decay=0.04,
-                        clip=3.0)
+    config.data = dict(batch_size=16 if debug else 1024, train=images, synthetic=rows)
+    config.optim = dict(steps=steps, learning_rate=5e-4, schedule="cosine", warmup=steps // 10, weight_decay=0.04,
+                        clip=3.0, moments="bfloat16")
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 4, save_every=steps // 4)
     config.evals = dict(batch_size=8 if debug else 512, collapse=dict(),
                         labelled=dict(test=images))
