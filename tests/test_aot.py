@@ -154,6 +154,7 @@ def test_pod_config_is_built_and_counted_for_its_slice(path):
 
 # Passes through the network whose gradients are summed: DINO's crops of two sizes go through one after the other.
 BACKWARD = {"dino_vit_g": 2}
+PROJECTION = 128  # of SimCLR, by default
 
 
 def least_wire_bytes(name, step):
@@ -161,7 +162,8 @@ def least_wire_bytes(name, step):
 
     Every weight that is cut n ways is gathered for the forward and the backward pass, and its gradient scattered, each
     (n - 1) / n of it; over r replicas a gradient is reduced, 2 (r - 1) / r of what a device has. Tokens go to their
-    experts and back in three passes (forward, recomputed, backward), 1 - 1 / n of them each time.
+    experts and back in three passes (forward, recomputed, backward), 1 - 1 / n of them each time. Every device scores
+    its views against the projections of all, float32, whose gradient is scattered.
     """
     mesh, conf, sent = step.built.mesh.shape, step.built.config, 0.0
 
@@ -181,6 +183,8 @@ def least_wire_bytes(name, step):
         places = experts * math.ceil(1.25 * model["experts"]["top_k"] * T / experts)
         tokens = rows / devices("data", "fsdp", "expert") * places
         sent += 6 * model["depth"] * 2 * tokens * model["width"] * (1 - 1 / mesh["expert"])
+    if conf["objective"]["name"] == "simclr":
+        sent += 2 * 4 * 2 * conf["data"]["batch_size"] * PROJECTION * (1 - 1 / devices("data", "fsdp", "expert"))
     return sent
 
 
