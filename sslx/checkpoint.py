@@ -1,17 +1,34 @@
-"""Checkpoints: Orbax, saved in the background, restored onto any mesh; and the config a workdir belongs to."""
+"""python -m sslx.checkpoint verify W | list W | prune W --keep N
 
+verify  reads every checkpoint of the workdir W and compares it with its manifest. Status 1 if one is damaged.
+list    shows their steps, sizes and times.
+prune   removes all but the newest N sound ones, and what is in W/damaged. Not while W is trained in.
+
+Checkpoints: Orbax, saved in the background, restored onto any mesh; and the config a workdir belongs to.
+
+W/checkpoints/STEP is complete when its manifest (sslx/manifest.py) is written, after all processes have written their
+files; until then W/checkpoints/UNSEALED names the step, so that a save that was cut off is told from a manifest that
+was lost. A step that is older than run.keep others goes only when the newest is complete.
+"""
+
+import argparse
+import concurrent.futures
 import contextlib
+import datetime
 import errno
+import itertools
 import json
 import os
 import pathlib
+import shutil
+import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
 
-from sslx import distributed
+from sslx import distributed, manifest
 from sslx.config import UserError
 from sslx.state import TrainState
 
@@ -21,14 +38,26 @@ FREE = ("mesh", "evals", "data.workers", "run.overlap", "run.log_every", "run.ev
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+UNSEALED = "UNSEALED"  # holds the step that is being saved
+
+
 class Checkpoints:
-    """The checkpoints of one workdir."""
+    """The checkpoints of one workdir, of which the newest is sound.
+
+    Raises UserError if all are damaged.
+    """
 
     def __init__(self, workdir: pathlib.Path, keep: int):
-        self.workdir = workdir
+        self.workdir, self.keep = workdir, keep
+        self.folder = workdir.absolute() / "checkpoints"
+        if jax.process_index() == 0:
+            repair(workdir)
+        distributed.barrier("the newest checkpoint is sound")
+        # All are kept as far as Orbax knows: it would remove the old before the new has its manifest.
         self.manager = ocp.CheckpointManager(
-            workdir.absolute() / "checkpoints",
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True))
+            self.folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=True))
+        self.sealer = concurrent.futures.ThreadPoolExecutor(1)
+        self.sealing: concurrent.futures.Future[None] | None = None
 
     def latest(self) -> int | None:
         """The newest step that was saved completely."""
@@ -42,8 +71,29 @@ class Checkpoints:
         step = int(state.step)
         if step not in self.manager.all_steps():
             with self.explained():
+                self.wait()
+                if jax.process_index() == 0:
+                    write_atomically(self.folder / UNSEALED, str(step))
                 self.manager.save(step, args=ocp.args.StandardSave(state._asdict()),
                                   custom_metadata={"bad_records": bad_records})
+                if jax.process_index() == 0:
+                    self.sealing = self.sealer.submit(self.seal, step)
+
+    def seal(self, step: int) -> None:
+        """When all processes have saved `step`: writes its manifest, and removes the steps that are too many."""
+        self.manager.wait_until_finished()
+        saved = self.folder / str(step)
+        write_atomically(saved / manifest.NAME, manifest.of(saved))
+        (self.folder / UNSEALED).unlink()
+        for old in steps(self.folder)[:-self.keep]:
+            remove(self.folder / str(old))
+
+    def wait(self) -> None:
+        """Returns when what was started is complete."""
+        sealing, self.sealing = self.sealing, None
+        if sealing:
+            sealing.result()
+        self.manager.wait_until_finished()
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state at `step`, sharded as `abstract` says, whatever mesh it was saved from."""
@@ -56,7 +106,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until what was started is saved. Raises UserError if no space is left."""
         with self.explained():
-            self.manager.wait_until_finished()
+            self.wait()
             self.manager.close()
 
     @contextlib.contextmanager
@@ -67,7 +117,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if not no_space(error):
                 raise
-            saved = self.latest()
+            saved = max((step for step in steps(self.folder) if step != unsealed(self.folder)), default=None)
             last = "no checkpoint is complete" if saved is None else f"the last complete checkpoint is of step {saved}"
             raise UserError(f"a checkpoint could not be saved in {self.workdir}: there is no space left; {last}."
                             " Free some space (or keep fewer checkpoints: run.keep), then run the same command"
@@ -77,6 +127,61 @@ class Checkpoints:
 def no_space(error: Exception) -> bool:
     """Whether a disk, a quota or a limit on the size of files was full. Orbax hands on TensorStore's words."""
     return getattr(error, "errno", None) in NO_SPACE or any(f"[os_error_code='{n}']" in str(error) for n in NO_SPACE)
+
+
+def steps(folder: pathlib.Path) -> list[int]:
+    """The steps saved in `folder`, oldest first, complete or not."""
+    return sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit() and p.is_dir())
+
+
+def unsealed(folder: pathlib.Path) -> int | None:
+    """The step whose saving has not ended: it goes on in another process, or was cut off."""
+    path = folder / UNSEALED
+    step = path.read_text() if path.exists() else ""
+    return int(step) if step.isdigit() and not (folder / step / manifest.NAME).exists() else None
+
+
+def remove(folder: pathlib.Path) -> None:
+    """Removes a checkpoint; half removed, it has a name that is no step's."""
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.removed")))
+
+
+def repair(workdir: pathlib.Path) -> None:
+    """Leaves the newest sound step as the newest: removes what was cut off, moves damaged ones to W/damaged.
+
+    Says so on the terminal. Raises UserError if there are steps and none is sound: nothing is moved then.
+    """
+    folder = workdir / "checkpoints"
+    cut_off = unsealed(folder)
+    if cut_off is not None and (folder / str(cut_off)).exists():
+        remove(folder / str(cut_off))
+        print(f"the checkpoint of step {cut_off} was cut off before it was complete: removed", flush=True)
+    for leftover in (*folder.glob("*.orbax-checkpoint-tmp*"), *folder.glob("*.removed")):
+        shutil.rmtree(leftover)
+    (folder / UNSEALED).unlink(missing_ok=True)
+
+    damaged: dict[int, str] = {}
+    for step in reversed(steps(folder)):
+        found = manifest.damage(folder / str(step))
+        if not found:
+            break
+        damaged[step] = "; ".join(found)
+    else:
+        if damaged:
+            raise UserError(f"every checkpoint in {folder} is damaged: "
+                            + ", ".join(f"step {step} ({what})" for step, what in damaged.items())
+                            + ". Put back the files that are named, from a copy, or begin anew in another --workdir")
+    for step, what in damaged.items():
+        print(f"the checkpoint of step {step} is damaged and is not used: {what}. Moved to"
+              f" {set_aside(workdir, folder / str(step))}", flush=True)
+
+
+def set_aside(workdir: pathlib.Path, checkpoint: pathlib.Path) -> pathlib.Path:
+    """Moves a checkpoint to W/damaged/STEP, or STEP.2, STEP.3 ... if there is one. Returns where it is."""
+    (workdir / "damaged").mkdir(exist_ok=True)
+    names = itertools.chain([checkpoint.name], (f"{checkpoint.name}.{i}" for i in itertools.count(2)))
+    free = next(path for path in (workdir / "damaged" / name for name in names) if not path.exists())
+    return checkpoint.rename(free)
 
 
 def claim(workdir: pathlib.Path, config: dict[str, Any], fingerprint: str) -> None:
@@ -119,3 +224,79 @@ def write_atomically(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def verify(workdir: pathlib.Path) -> int:
+    """Prints what is wrong with each step. Returns 1 if one is damaged, else 0."""
+    folder, status = workdir / "checkpoints", 0
+    for step in steps(folder):
+        found = manifest.damage(folder / str(step))
+        if not found:
+            print(f"step {step}: sound")
+        elif step == unsealed(folder):
+            print(f"step {step}: not complete, it is being saved or was cut off")
+        else:
+            status = 1
+            print(f"step {step}: damaged", *found, sep="\n    ")
+    return status
+
+
+def show(workdir: pathlib.Path) -> int:
+    """Prints step, MB and time of each checkpoint."""
+    for step in steps(workdir / "checkpoints"):
+        saved = workdir / "checkpoints" / str(step)
+        megabytes = sum(p.stat().st_size for p in saved.rglob("*") if p.is_file()) / 1e6
+        date = datetime.datetime.fromtimestamp(saved.stat().st_mtime)  # its last entry is the manifest
+        print(f"step {step:>9}  {megabytes:>12,.1f} MB  {date:%Y-%m-%d %H:%M:%S}")
+    return 0
+
+
+def prune(workdir: pathlib.Path, keep: int) -> int:
+    """Removes all steps but the newest `keep` sound ones, and W/damaged. Raises UserError if no step is sound."""
+    folder = workdir / "checkpoints"
+    saved = [step for step in reversed(steps(folder)) if step != unsealed(folder)]
+    sound = list(itertools.islice((s for s in saved if not manifest.damage(folder / str(s))), keep))
+    if not sound:
+        raise UserError(f"no checkpoint in {folder} is sound: nothing was removed")
+    for path in (*(folder / str(step) for step in saved if step not in sound), *(workdir / "damaged").glob("*")):
+        remove(path)
+        print(f"removed {path}")
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError for what cannot be read."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"the command line cannot be read: {message}.\n{__doc__}")
+
+
+def main(arguments: list[str]) -> int:
+    """Parses the command and does it. Returns 1 if `verify` finds damage, 2 for a mistake, else 0."""
+    parser = Parser(prog="python -m sslx.checkpoint", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("verify", "list", "prune"))
+    parser.add_argument("workdir", type=pathlib.Path, help="the --workdir of a run")
+    parser.add_argument("--keep", type=int, metavar="N", help="how many sound checkpoints prune leaves")
+    try:
+        given = parser.parse_args(arguments)
+        if (given.keep is None) == (given.command == "prune"):
+            parser.error("prune takes --keep=N, and only prune does")
+        if given.keep is not None and given.keep < 1:
+            parser.error(f"--keep is {given.keep}; it takes a number of checkpoints, at least 1")
+        if not steps(given.workdir / "checkpoints"):
+            raise UserError(f"there is no checkpoint in {given.workdir / 'checkpoints'}: the command takes the"
+                            " --workdir of a run that has saved one")
+        match given.command:
+            case "verify":
+                return verify(given.workdir)
+            case "list":
+                return show(given.workdir)
+        return prune(given.workdir, given.keep)
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return error.status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

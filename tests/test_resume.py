@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from sslx import log
+from sslx import log, manifest
 from sslx.data import Info, Source, pipeline
 from sslx.data.arrays import Arrays
 from sslx.sharding import batch_sharding, make_mesh
@@ -50,7 +50,8 @@ def points(workdir) -> dict:
 
 def newest_checkpoint(workdir) -> int:
     """The step of the newest complete checkpoint, 0 if there is none."""
-    return max((int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()), default=0)
+    sealed = (path.parent.name for path in (workdir / "checkpoints").glob(f"*/{manifest.NAME}"))
+    return max((int(name) for name in sealed if name.isdigit()), default=0)
 
 
 def newest_step(workdir) -> int:
