@@ -1,15 +1,17 @@
 """Command lines that take a config: flags, and errors that say what cannot be read."""
 
 import os
+import re
 import traceback
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from sslx.config import UserError
+from sslx.config import UserError, redacted
 
+FIELD = re.compile(r"config(\.[A-Za-z_]\w*(\[\d+\])*)+")
 DEFINE: dict[type, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_boolean}
 
 
@@ -27,6 +29,12 @@ def parse(module: str, doc: str | None, wanted: Mapping[str, Flag], arguments: l
     Raises UserError for what cannot be read; prints the help and exits if asked for it.
     """
     command = [f"sslx.{module}", *arguments]
+    helping = bool({"--help", "-h", "-help"} & set(arguments))
+    file = None if helping else config_file(command)
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        if name.startswith("config.") and not FIELD.fullmatch(name):
+            raise UserError(f"--{name} names no field of a config: a flag is --config.a.b=value")
     values = flags.FlagValues()
     # A flag may set what the file leaves at its default; whether a section takes it is for `config.call` to say.
     config = config_flags.DEFINE_config_file("config", None, "File of the experiment, with its argument: X.py[:arg].",
@@ -34,19 +42,28 @@ def parse(module: str, doc: str | None, wanted: Mapping[str, Flag], arguments: l
                                              accept_new_attributes=True)
     holders = {name: DEFINE[flag.kind](name, False if flag.kind is bool else None, flag.help, flag_values=values)
                for name, flag in wanted.items()}
-    if {"--help", "-h", "-help"} & set(arguments):
+    if helping:
         print(doc, values.module_help(__name__), sep="\n")
         raise SystemExit(0)
-    file = config_file(command)
     try:
         rest = values(command)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+    except (flags.Error, AttributeError, LookupError, TypeError, ValueError, SyntaxError) as error:
         if raised_in(file, error):
             raise
-        reason = f"no field {innermost(error)}" if isinstance(error, (AttributeError, KeyError)) else str(error)
-        raise UserError(f"the command line cannot be read: {' '.join(reason.split())}") from error
+        if "get_config" in str(error):
+            raise UserError(f"{file} is no config: {str(error).splitlines()[-1]}. It defines get_config(arg=''), which"
+                            " returns an ml_collections.ConfigDict") from error
+        reason = f"no field {innermost(error)}" if isinstance(error, (AttributeError, LookupError)) else str(error)
+        raise UserError(f"the command line cannot be read: {without_secrets(' '.join(reason.split()), arguments)}"
+                        ) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: everything is a flag, such as --config.a.b=value")
+    twice = [name for name in values if values[name].present > 1]
+    if twice:
+        raise UserError(f"--{twice[0]} is given {values[twice[0]].present} times; give it once")
+    if file is not None and not isinstance(config.value, ConfigDict):
+        raise UserError(f"get_config() in {file} returns {config.value!r:.100}; it must return an"
+                        " ml_collections.ConfigDict")
     given = {name: holder.value for name, holder in holders.items()}
     for name, value in {"config": config.value, **{n: given[n] for n, flag in wanted.items() if flag.required}}.items():
         if value is None:
@@ -71,13 +88,23 @@ def config_file(command: list[str]) -> str | None:
     return file
 
 
+def without_secrets(message: str, arguments: list[str]) -> str:
+    """What a message about these flags may show of their values."""
+    for argument in arguments:
+        flag, _, value = argument.partition("=")
+        message = message.replace(value, redacted({flag.rpartition(".")[2]: value}).popitem()[1]) if value else message
+    return message
+
+
 def innermost(error: Exception) -> str:
     """What an error says that was made of other errors."""
     said = error.args[0] if error.args else error
-    return innermost(said) if isinstance(said, Exception) and said is not error else str(said)
+    if isinstance(said, Exception) and said is not error:
+        return innermost(said)
+    return str(said).rpartition("Attempting to lookup: ")[2]  # of what is no section
 
 
 def raised_in(file: str | None, error: Exception) -> bool:
     """Whether `error` is one of the code in the config file, whose author wants to see the traceback."""
     frames = {frame.filename for frame in traceback.extract_tb(error.__traceback__)}
-    return file in frames or "Error whilst parsing config file" in str(error)  # what ml_collections makes of it
+    return file in frames or f'File "{file}"' in str(error)  # what ml_collections makes of it

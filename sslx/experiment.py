@@ -13,8 +13,8 @@ import jax
 import ml_collections
 
 from sslx import checkpoint, config, evals, flops, optim, topology
-from sslx.config import UserError
-from sslx.data import Source, pipeline
+from sslx.config import Count, Natural, Seed, UserError
+from sslx.data import Info, Source, pipeline
 from sslx.objectives import Objective
 from sslx.sharding import batch_shards, make_mesh
 from sslx.state import TrainState
@@ -31,14 +31,14 @@ class Run(NamedTuple):
     keep:       newest checkpoints kept.
     """
 
-    steps: int
-    seed: int = 0
-    accumulate: int = 1
+    steps: Count
+    seed: Seed = 0
+    accumulate: Count = 1
     overlap: bool = False
-    log_every: int = 20
-    eval_every: int = 500
-    save_every: int = 500
-    keep: int = 2
+    log_every: Count = 20
+    eval_every: Count = 500
+    save_every: Count = 500
+    keep: Count = 2
 
 
 class Data(NamedTuple):
@@ -51,16 +51,16 @@ class Data(NamedTuple):
     on_bad:     what to do about a record that cannot be decoded.
     """
 
-    batch_size: int
+    batch_size: Count
     train: Mapping
     synthetic: Mapping | None = None
     shuffle: bool = True
-    workers: int = 0
+    workers: Natural = 0
     on_bad: pipeline.OnBad = "skip"
 
 
 class Experiment(NamedTuple):
-    """What a config describes; `config` is the config itself, as nested dicts."""
+    """What a config describes; `config` is the config itself, as nested dicts, without its secrets."""
 
     config: dict[str, Any]
     run: Run
@@ -79,29 +79,54 @@ class Experiment(NamedTuple):
 
 def build(conf: ml_collections.ConfigDict, devices: list | None = None) -> Experiment:
     """Reads every section of a config. Raises UserError for whatever cannot work."""
-    for key in conf:
+    sections = config.plain(conf)
+    for key in sections:
         if key not in SECTIONS:
             raise UserError(f"unknown section config.{key}{config.nearest(key, SECTIONS)}")
     for key in SECTIONS:
-        if key not in conf:
+        if key not in sections:
             raise UserError(f"section config.{key} is missing")
-    run = config.call(Run, conf.run, "config.run")
-    for name in Run._fields:
-        if name not in ("seed", "overlap") and getattr(run, name) < 1:
-            raise UserError(f"config.run.{name} is {getattr(run, name)}; it takes a positive integer")
-    data = config.call(Data, conf.data, "config.data")
-    mesh = config.call(make_mesh, conf.mesh, "config.mesh", devices=devices)
+    run = config.call(Run, sections["run"], "config.run")
+    data = config.call(Data, sections["data"], "config.data")
+    mesh = config.call(make_mesh, sections["mesh"], "config.mesh", devices=devices)
     rows = batch_shards(mesh) * run.accumulate
-    if data.batch_size < 1 or data.batch_size % rows:
+    if data.batch_size % rows:
         raise UserError(f"config.data.batch_size={data.batch_size} does not divide into {run.accumulate} micro-batches"
                         f" (run.accumulate) over {batch_shards(mesh)} devices (mesh data x fsdp);"
                         f" choose a multiple of {rows}")
-    optimizer = config.call(optim.make, conf.optim, "config.optim")
-    model = config.build("models", conf.model, "config.model")
+    optimizer = config.call(optim.make, sections["optim"], "config.optim")
+    model = config.build("models", sections["model"], "config.model")
     source = pipeline.source(data.train, "config.data.train", data.on_bad)
-    objective = config.build("objectives", conf.objective, "config.objective", model=model, info=source.info)
-    evaluation = evals.make(conf.evals, objective, mesh, data.on_bad)
-    return Experiment(conf.to_dict(), run, data, mesh, source, objective, optimizer, evaluation)
+    if data.synthetic is not None:
+        config.call(config.load("data", "synthetic"), data.synthetic, "config.data.synthetic")
+
+    def objective_on(info: Info) -> Objective:
+        return config.build("objectives", sections["objective"], "config.objective", model=model, info=info)
+
+    if source.info.modality != model.modality:
+        raise UserError(f"config.model.name={sections['model']['name']!r} reads {model.modality}, and"
+                        f" config.data.train.name={data.train['name']!r} is a source of {source.info.modality}")
+    objective = objective_on(source.info)
+    evaluation = evals.make(sections["evals"], objective, mesh, data.on_bad)
+    for split, other in evaluation.splits.items():
+        check_alike(source.info, other.info, split, mesh)
+        objective_on(other.info)
+    source = Source(source.examples, source.info._replace(name=config.redacted(source.info.name)))
+    return Experiment(config.redacted(sections), run, data, mesh, source, objective, optimizer, evaluation)
+
+
+def check_alike(trained: Info, judged: Info, split: str, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError if a network that reads the source it is trained on cannot read the source of an evaluation."""
+    for what in ("modality", "vocab_size", "special", "word_starts"):
+        if getattr(trained, what) != getattr(judged, what):
+            raise UserError(f"config.evals has a source ({split}: {judged.name}) of another {what} than"
+                            f" config.data.train ({trained.name}); choose sources that one network can read")
+    if trained.shape[2] != judged.shape[2]:
+        raise UserError(f"config.evals has a source ({split}: {judged.name}) of {judged.shape[2]} channels, and"
+                        f" config.data.train ({trained.name}) has {trained.shape[2]}")
+    if judged.length % mesh.shape["context"]:
+        raise UserError(f"config.mesh.context={mesh.shape['context']} does not divide the windows of {judged.length}"
+                        f" tokens that config.evals reads ({split}: {judged.name})")
 
 
 def record(experiment: Experiment, state: TrainState, counted: flops.Flops, peak: float | None) -> dict[str, Any]:

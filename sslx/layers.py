@@ -411,12 +411,6 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, memory_BSD=None, *, mask: Mask, **masking):
-        width, heads = x_BTD.shape[-1], self.block["heads"]
-        if width % heads:
-            raise UserError(f"a width of {width} does not divide into {heads} heads")
-        if heads % (self.block.get("kv_heads") or heads):
-            raise UserError(f"{heads} heads do not divide into kv_heads={self.block['kv_heads']} groups")
-
         x_BTD = jax.sharding.reshard(x_BTD, residual(x_BTD.shape[1]))
         zigzagged = mask == "causal" and not self.block.get("window") and zigzag.helps(x_BTD)
         if zigzagged:

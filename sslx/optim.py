@@ -1,14 +1,15 @@
 """Learning-rate schedules, the optax chain, and what parameters are kept in."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from sslx.config import UserError
+from sslx.config import Count, Natural, Nonnegative, Only, Positive, Share, UserError
 
+Decay = Annotated[float, Only(lambda b: 0 <= b < 1, "a number from 0 to below 1")]  # of a moving mean
 DECAYED = ("kernel", "embedding", "prototypes", "up", "down")  # not norms, biases, class and mask tokens
 
 
@@ -37,10 +38,10 @@ class Optimizer(NamedTuple):
         return jax.tree.map(moved, params, updates, keys), opt_state
 
 
-def make(*, steps: int, learning_rate: float, optimizer: Literal["adamw", "lion", "sgd", "lars"] = "adamw",
-         schedule: Literal["cosine", "wsd", "constant"] = "cosine", warmup: int = 0, decay: int = 0,
-         final: float = 0.0, weight_decay: float = 0.0, b1: float = 0.9, b2: float = 0.999, momentum: float = 0.9,
-         clip: float | None = None, moments: Literal["float32", "bfloat16"] = "float32",
+def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "lion", "sgd", "lars"] = "adamw",
+         schedule: Literal["cosine", "wsd", "constant"] = "cosine", warmup: Natural = 0, decay: Natural = 0,
+         final: Share = 0.0, weight_decay: Nonnegative = 0.0, b1: Decay = 0.9, b2: Decay = 0.999,
+         momentum: Decay = 0.9, clip: Positive | None = None, moments: Literal["float32", "bfloat16"] = "float32",
          parameters: Literal["float32", "bfloat16"] = "float32") -> Optimizer:
     """An optimizer over `steps` steps.
 
@@ -53,7 +54,7 @@ def make(*, steps: int, learning_rate: float, optimizer: Literal["adamw", "lion"
                 leads to is rounded at random. Norms, biases, tokens, teachers and second moments stay float32.
     """
     if warmup + decay > steps:
-        raise UserError(f"optim.warmup={warmup} and optim.decay={decay} do not fit into run.steps={steps}")
+        raise UserError(f"optim.warmup={warmup} and optim.decay={decay} do not fit into optim.steps={steps}")
     low = final * learning_rate
     after = {
         "cosine": optax.cosine_decay_schedule(learning_rate, max(steps - warmup, 1), final),

@@ -6,17 +6,20 @@ visible `gather` before its use, whose transpose reduce-scatters the gradient.
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sslx.config import UserError
+from sslx.config import LARGEST_INT, Only, UserError
 from sslx.topology import arrange
 
 # Outermost first: what comes last talks most, and lies on neighbouring devices.
 AXES = ("data", "fsdp", "expert", "context", "tensor")
+
+Size = Annotated[int, Only(lambda n: n == -1 or 1 <= n <= LARGEST_INT,
+                           "a positive number of devices, or -1 for the rest")]
 
 # logical axis -> mesh axis. The first three shard activations, the others weights and what they make.
 RULES: dict[str | None, Any] = {
@@ -33,7 +36,7 @@ RULES: dict[str | None, Any] = {
 }
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 1, expert: int = 1,
+def make_mesh(*, data: Size = -1, fsdp: Size = 1, tensor: Size = 1, context: Size = 1, expert: Size = 1,
               devices: list | None = None) -> Mesh:
     """A mesh over all devices; one axis may be -1, "the rest".
 
@@ -47,9 +50,6 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, context: int = 
     shape = dict(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
     free = [a for a, n in shape.items() if n == -1]
     known = math.prod(n for n in shape.values() if n != -1)
-    for axis, n in shape.items():
-        if n != -1 and n < 1:
-            raise UserError(f"mesh.{axis} is {n}; it takes a positive number of devices, or -1 for the rest")
     if len(free) > 1:
         raise UserError(f"mesh.{' and mesh.'.join(free)} are -1; only one axis can be the rest")
     if len(devices) % known or (not free and known != len(devices)):

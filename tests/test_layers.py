@@ -234,13 +234,6 @@ def test_grouped_queries_are_heads_that_share_keys_and_values():
     np.testing.assert_allclose(grouped(params), full(params_full), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("heads, kv_heads, message", [
-    (3, None, "a width of 16 does not divide into 3 heads"), (4, 3, "4 heads do not divide into kv_heads=3 groups")])
-def test_heads_that_do_not_divide_are_named(heads, kv_heads, message):
-    with pytest.raises(UserError, match=message):
-        layers.Stack(1, dict(heads=heads, kv_heads=kv_heads)).init(KEY, normal(1, 2, 16), mask="causal")
-
-
 def test_an_embedding_looks_up_and_scores_with_one_table():
     embed, table = layers.Embed(7, 4), normal(7, 4)
     ids = np.array([[0, 6, 3], [2, 2, 1]])

@@ -36,7 +36,7 @@ def refused(cache, workdir, *flags, config=f"{QUICKSTART}:debug", devices=1) -> 
     ("--config.model.widht=3", ("widht", "width")),
     ("--config.modle.width=3", ("modle",)),
     ("--config.mesh.contxt=2", ("config.mesh.contxt", "'context'")),  # neither in the file
-    ("--config.mesh.context=two", ("config.mesh.context", "'two'", "an integer")),
+    ("--config.mesh.context=two", ("config.mesh.context", "'two'", "number of devices")),
     ("--config.optim.parameters=bf16", ("config.optim.parameters", "'bfloat16'")),
     ("--config.model.width=wide", ("config.model.width", "wide")),
     ("--config.model.width=3.5", ("config.model.width", "3.5")),
@@ -69,10 +69,10 @@ def test_unknown_key(section, cache, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "edit", "words"), [
-    ("quickstart", "config.model = dict(config.model) | dict(width='64')", ("model.width", "'64'", "an integer")),
-    ("quickstart", "config.model = dict(config.model) | dict(width=64.0)", ("model.width", "64.0", "an integer")),
+    ("quickstart", "config.model = dict(config.model) | dict(width='64')", ("model.width", "'64'", "positive integer")),
+    ("quickstart", "config.model = dict(config.model) | dict(width=64.0)", ("model.width", "64.0", "positive integer")),
     ("quickstart", "config.optim = dict(config.optim) | dict(learning_rate='1e-3')",
-     ("config.optim.learning_rate", "'1e-3'", "a number")),
+     ("config.optim.learning_rate", "'1e-3'", "a positive number")),
     ("quickstart", "config.model.norm = 'rmsnorm'", ("config.model.norm", "'rms'")),
     ("quickstart", "config.objective.name = 'causal_ml'", ("causal_ml", "causal_lm")),
     ("quickstart", "del config.optim", ("config.optim", "missing")),
@@ -81,7 +81,7 @@ def test_unknown_key(section, cache, tmp_path):
     ("mae_fashion_mnist", "config.model.patch = 3", ("model.patch=3", "model.image_size=8", "[1, 2, 4, 8]")),
     ("mae_fashion_mnist", "config.data.train = dict(name='idx', path='no-mnist', split='train')",
      ("'no-mnist'", "apt-get install")),
-    ("mae_fashion_mnist", "config.objective = dict(name='causal_lm')", ("objective.name", "text")),
+    ("mae_fashion_mnist", "config.objective = dict(name='causal_lm')", ("objective.name", "Transformer")),
 ])
 def test_config_that_cannot_work(name, edit, words, cache, tmp_path):
     text = refused(cache, tmp_path / "w", config=command.variant(tmp_path, name, edit))

@@ -37,7 +37,7 @@ def test_phase(schedule, decay, expected):
 
 
 def test_a_schedule_longer_than_the_run_is_refused():
-    with pytest.raises(UserError, match=r"optim.warmup=60 and optim.decay=50 do not fit into run.steps=100"):
+    with pytest.raises(UserError, match=r"optim.warmup=60 and optim.decay=50 do not fit into optim.steps=100"):
         optim.make(steps=100, learning_rate=1.0, schedule="wsd", warmup=60, decay=50)
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from sslx.config import UserError
+from sslx.config import Count, Natural, UserError
 from sslx.data import Example, Info, Source
 from sslx.data.tokenize import N_SENTINELS, SPECIAL, special_ids
 
@@ -22,12 +22,10 @@ class Noise:
         return {self.field: np.random.default_rng(index).integers(0, self.below, self.shape, self.dtype)}
 
 
-def make(*, modality: Literal["text", "image"], length: int = 0, vocab_size: int = 0,
-         size: int = 0, channels: int = 3, n: int = 1_000_000) -> Source:
+def make(*, modality: Literal["text", "image"], length: Natural = 0, vocab_size: Natural = 0,
+         size: Natural = 0, channels: Natural = 3, n: Count = 1_000_000) -> Source:
     """`n` rows: of text, tokens int32 [length] below `vocab_size`, whose last ids are the special tokens; of images,
     uint8 [size, size, channels]."""
-    if n < 1:
-        raise UserError(f"synthetic.n is {n}; it takes a positive number of rows")
     if modality == "image":
         if size < 1 or channels < 1:
             raise UserError(f"synthetic images of {size} x {size} x {channels}: size and channels must be positive")

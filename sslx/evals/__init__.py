@@ -18,12 +18,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sslx import config, distributed
-from sslx.config import UserError
+from sslx.config import Count, UserError
 from sslx.data import Source, pipeline
 from sslx.objectives import Aux, Objective, Params
 from sslx.sharding import batch_sharding, batch_shards
 
-Evaluation = Callable[["Subject"], dict[str, float]]
 HostBatch = dict[str, np.ndarray]
 
 MACHINERY = ("batch_size", "labelled")
@@ -61,26 +60,42 @@ class Subject:
         return self.splits[name]
 
 
+class Evaluation(NamedTuple):
+    """measure: Subject -> {metric: number}.
+    splits:  those it reads, with the least number of examples; None for a batch.
+    """
+
+    measure: Callable[[Subject], dict[str, float]]
+    splits: Mapping[str, int | None]
+
+    def __call__(self, subject: Subject) -> dict[str, float]:
+        return self.measure(subject)
+
+
 class Evaluate(NamedTuple):
     """evaluate:     (params, aux) -> metrics of all evaluations of the config.
     baseline_raw: () -> accuracies `<metric>@raw` with the inputs themselves as features.
+    splits:       the sources that are read.
     """
 
     evaluate: Callable[[Params, Aux], dict[str, float]]
     baseline_raw: Callable[[], dict[str, float]]
+    splits: Mapping[str, Source]
 
 
 def make(section: Mapping[str, Any], objective: Objective, mesh: jax.sharding.Mesh,
          on_bad: pipeline.OnBad = "skip") -> Evaluate:
     """The evaluations of `config.evals`, compiled once for all their calls.
 
-    Raises UserError for unknown keys, sources that cannot be opened, and a batch size that does not
-    divide over the mesh.
+    Raises UserError for unknown keys, sources that cannot be opened or are missing or too small, and a batch size that
+    does not divide over the mesh.
     """
+    if not hasattr(section, "items"):
+        raise UserError(f"config.evals is {section!r}; it takes a section, dict() for no evaluation")
     settings = config.call(machinery, {k: section[k] for k in MACHINERY if k in section}, "evals")
     shards = batch_shards(mesh)
     batch_size = shards * math.ceil(256 / shards) if settings.batch_size is None else settings.batch_size
-    if batch_size < 1 or batch_size % shards:
+    if batch_size % shards:
         raise UserError(f"evals.batch_size is {batch_size}; it takes a positive multiple of the {shards} shards of a"
                         " batch on this mesh (data x fsdp)")
     splits = {k: pipeline.source(s, f"evals.labelled.{k}", on_bad) for k, s in settings.labelled.items()}
@@ -94,8 +109,19 @@ def make(section: Mapping[str, Any], objective: Objective, mesh: jax.sharding.Me
         options = dict(options.items())
         if "source" in options:
             splits[key] = pipeline.source(options.pop("source"), f"evals.{key}.source", on_bad)
+        if "name" in options:
+            raise UserError(f"unknown key evals.{key}.name: an evaluation's section has the name of its file")
         evaluations[key] = config.build("evals", {"name": key, **options}, f"evals.{key}")
-
+    subject = Subject(raw_features, None, splits, batch_size)
+    for key, evaluation in evaluations.items():
+        if key in splits and key not in evaluation.splits:
+            raise UserError(f"unknown key evals.{key}.source: this evaluation reads {' and '.join(evaluation.splits)}")
+        for split, least in evaluation.splits.items():
+            n, wanted = len(subject.split(split).examples), batch_size if least is None else least
+            if n < wanted:
+                raise UserError(f"evals.{key} takes at least {wanted} examples"
+                                + (" (evals.batch_size)" if least is None else "")
+                                + f" of the split {split!r}, and {subject.split(split).info.name} has {n}")
     return assemble(evaluations, splits, objective, mesh, batch_size=batch_size, on_bad=on_bad)
 
 
@@ -132,7 +158,7 @@ def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source]
         metrics = run(Subject(raw_features, None, splits, batch_size, on_bad))
         return {f"{name}@raw": value for name, value in metrics.items() if name.endswith("/accuracy")}
 
-    return Evaluate(evaluate, baseline_raw)
+    return Evaluate(evaluate, baseline_raw, splits)
 
 
 class Machinery(NamedTuple):
@@ -140,7 +166,7 @@ class Machinery(NamedTuple):
     labelled: Mapping[str, Any]
 
 
-def machinery(*, batch_size: int | None = None, labelled: Mapping | None = None) -> Machinery:
+def machinery(*, batch_size: Count | None = None, labelled: Mapping | None = None) -> Machinery:
     sections = dict(labelled.items()) if labelled else {}
     for key in sections:
         if key not in ("train", "test"):

@@ -1,23 +1,22 @@
 """Signs of collapse: features that use few directions, or one point. N examples, D features."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from sslx.config import UserError
+from sslx.config import LARGEST_INT, Only
 from sslx.evals import Evaluation, Subject
 
+Rows = Annotated[int, Only(lambda n: 2 <= n <= LARGEST_INT, "an integer of at least 2")]
 
-def make(*, split: Literal["train", "test", "heldout"] = "test", rows: int = 25600) -> Evaluation:
+
+def make(*, split: Literal["train", "test", "heldout"] = "test", rows: Rows = 25600) -> Evaluation:
     """`rankme` and `feature_std` of the first `rows` features of a split; labels are not needed."""
-    if rows < 2:
-        raise UserError(f"evals.collapse.rows is {rows}; it takes at least 2")
-
     def evaluate(subject: Subject) -> dict[str, float]:
         features_ND = subject.features(split)[0][:rows]
         return {"rankme": rankme(features_ND), "feature_std": feature_std(features_ND)}
 
-    return evaluate
+    return Evaluation(evaluate, {split: 2})
 
 
 def rankme(features_ND: np.ndarray, eps: float = 1e-7) -> float:

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from sslx import evals
-from sslx.config import UserError
+from sslx.config import Count, UserError
 from sslx.evals import Evaluation, HostBatch, Subject
 
 
-def make(*, batches: int = 16) -> Evaluation:
+def make(*, batches: Count = 16) -> Evaluation:
     """Means of the objective's metrics over the first `batches` full batches of evals.heldout.source.
 
     heldout/m = sum_i tokens_i m_i / sum_i tokens_i, with the key of batch i fixed, so that two
@@ -21,9 +21,6 @@ def make(*, batches: int = 16) -> Evaluation:
     Only full batches count, since a loss may compare the rows of its batch. Raises UserError if
     there is none.
     """
-    if batches < 1:
-        raise UserError(f"evals.heldout.batches is {batches}; it takes at least 1")
-
     def evaluate(subject: Subject) -> dict[str, float]:
         if subject.loss is None:
             return {}
@@ -36,7 +33,7 @@ def make(*, batches: int = 16) -> Evaluation:
             metrics["bits_per_byte"] = metrics["token_nll"] / math.log(2) / bytes_per_token
         return {f"heldout/{name}": value for name, value in metrics.items()}
 
-    return evaluate
+    return Evaluation(evaluate, {"heldout": None})
 
 
 def full_batches(subject: Subject, limit: int) -> Iterator[HostBatch]:

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sslx.config import UserError
+from sslx.config import Count, UserError
 from sslx.evals import Evaluation, Subject
 
 
-def make(*, k: int = 5, chunk: int = 1024) -> Evaluation:
+def make(*, k: Count = 5, chunk: Count = 1024) -> Evaluation:
     """knn/accuracy: the share of `test` whose class the k nearest of `train` by cosine elect.
 
     The most frequent class wins; among equals the one with the nearest neighbour (of equal
@@ -19,9 +19,6 @@ def make(*, k: int = 5, chunk: int = 1024) -> Evaluation:
 
     Raises UserError if `train` has fewer than k examples.
     """
-    if k < 1 or chunk < 1:
-        raise UserError(f"evals.knn takes k and chunk of at least 1, not k={k}, chunk={chunk}")
-
     def evaluate(subject: Subject) -> dict[str, float]:
         (train_ND, train_N), (test_QD, test_Q) = subject.features("train"), subject.features("test")
         if len(train_N) < k:
@@ -32,7 +29,7 @@ def make(*, k: int = 5, chunk: int = 1024) -> Evaluation:
         elected = [elect(unit(jnp.asarray(q_QD)), keys_ND, classes_N, k=k, n_classes=n_classes) for q_QD in queries]
         return {"knn/accuracy": float(np.mean(np.concatenate(elected)[: len(test_Q)] == test_Q))}
 
-    return evaluate
+    return Evaluation(evaluate, {"train": k, "test": 1})
 
 
 @jax.jit(static_argnames=("k", "n_classes"))

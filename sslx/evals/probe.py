@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sslx.config import UserError
+from sslx.config import Count, Part, Positive
 from sslx.evals import Evaluation, Subject, binomial_stderr
 
 CURVATURE = 0.1  # p (1 - p) of a class, typically: the Hessian's share of the covariance
@@ -25,8 +25,8 @@ class Fit(NamedTuple):
     gradient: jax.Array
 
 
-def make(*, l2: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4), select: float = 0.2, tolerance: float = 1e-5,
-         max_iterations: int = 500) -> Evaluation:
+def make(*, l2: tuple[Positive, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4), select: Part = 0.2, tolerance: Positive = 1e-5,
+         max_iterations: Count = 500) -> Evaluation:
     """Accuracy on `test` of a logistic regression fitted on `train`.
 
     Features are standardized by the training part. `l2` is chosen by accuracy on a share `select`
@@ -34,10 +34,6 @@ def make(*, l2: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4), select: float
     Returns probe/accuracy, probe/stderr (binomial), probe/l2, and probe/iterations only if L-BFGS
     stopped there with a gradient entry above `tolerance`.
     """
-    if not l2 or min(l2) <= 0:
-        raise UserError(f"evals.probe.l2 is {l2}; it takes one or more positive penalties")
-    if not 0 < select < 1:
-        raise UserError(f"evals.probe.select is {select}; it takes a share of the training examples in (0, 1)")
     penalties = sorted(l2, reverse=True)
 
     def evaluate(subject: Subject) -> dict[str, float]:
@@ -72,7 +68,7 @@ def make(*, l2: tuple[float, ...] = (1.0, 1e-1, 1e-2, 1e-3, 1e-4), select: float
                    "probe/l2": penalty}
         return metrics if final.gradient <= tolerance else metrics | {"probe/iterations": float(final.iterations)}
 
-    return evaluate
+    return Evaluation(evaluate, {"train": 2, "test": 1})
 
 
 def logistic_loss(weights_DC: jax.Array, bias_C: jax.Array, x_ND: jax.Array, y_N: jax.Array, weight_N: jax.Array,

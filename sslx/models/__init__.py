@@ -1,6 +1,6 @@
 """Networks: Linen modules on `layers.py`, one family a file, each with a `make` whose arguments are its config.
 
-An image backbone offers `encode(images, train=...) -> [B, D]`.
+What a network reads is its `modality`, as in `data.Info`.
 """
 
 from typing import Any
@@ -8,10 +8,30 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from sslx.config import UserError
 
-def encode(model: nn.Module, params: Any, stats: Any, images: jax.Array, *, train: bool) -> Any:
+
+class Backbone(nn.Module):
+    """A network of images, which offers `encode(images [B, H, W, C], train=...) -> [B, D]`."""
+
+    modality = "image"
+
+
+def encode(model: Backbone, params: Any, stats: Any, images: jax.Array, *, train: bool) -> Any:
     """(features [B, D], stats) of a backbone; with `train`, its batch statistics have moved on."""
     variables = {"params": params, **stats}
     if not train:
         return model.apply(variables, images, train=False, method="encode"), stats
     return model.apply(variables, images, train=True, method="encode", mutable=list(stats))
+
+
+def check_heads(width: int, heads: int, kv_heads: int | None = None, *, rotary: bool = False,
+                names: tuple[str, str] = ("model.width", "model.heads")) -> None:
+    """Raises UserError unless heads divide the width, groups of keys and values the heads, and pairs a rotary head."""
+    w, h = names
+    if width % heads:
+        raise UserError(f"{w}={width} does not divide into {h}={heads} heads")
+    if heads % (kv_heads or heads):
+        raise UserError(f"{h}={heads} heads do not divide into model.kv_heads={kv_heads} groups")
+    if rotary and (width // heads) % 2:
+        raise UserError(f"rotary positions turn pairs, and {w}={width} over {h}={heads} is odd")

@@ -10,7 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sslx.config import Count
 from sslx.layers import Embed, Norm, Remat, Stack, nll, scores, weight
+from sslx.models import check_heads
 
 N_BUCKETS, FARTHEST = 32, 128
 
@@ -44,6 +46,8 @@ class RelativeBias(nn.Module):
 
 class EncoderDecoder(nn.Module):
     """-log p(target) [B, T] of `targets` from `inputs` [B, S] and the targets before each."""
+
+    modality = "text"
 
     vocab_size: int
     width: int
@@ -98,15 +102,17 @@ class EncoderDecoder(nn.Module):
         return dict(bias_GRTS=bias(length, length)) if bias is not None else dict(positions=jnp.arange(length)[None])
 
 
-def make(*, vocab_size: int, width: int, depth: int, heads: int, decoder_depth: int | None = None,
-         hidden: int | None = None, norm: Literal["layer", "rms"] = "rms", mlp: Literal["gelu", "swiglu"] = "gelu",
+def make(*, vocab_size: Count, width: Count, depth: Count, heads: Count, decoder_depth: Count | None = None,
+         hidden: Count | None = None, norm: Literal["layer", "rms"] = "rms", mlp: Literal["gelu", "swiglu"] = "gelu",
          position: Literal["relative", "rope"] = "relative", bias: bool = False, tied: bool = True, scan: bool = True,
-         remat: Remat = "none", loss_chunks: int = 1,
+         remat: Remat = "none", loss_chunks: Count = 1,
          dtype: Literal["float32", "bfloat16"] = "bfloat16") -> EncoderDecoder:
     """An encoder-decoder; `decoder_depth` is `depth` if None, the rest as in `transformer`.
 
-    Relative biases belong to heads, so grouped queries are not offered here.
+    Relative biases belong to heads, so grouped queries are not offered here. Raises UserError for heads that do not
+    divide the width.
     """
+    check_heads(width, heads, rotary=position == "rope")
     block = dict(heads=heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, rope=position == "rope",
                  dtype=jnp.dtype(dtype))
     return EncoderDecoder(vocab_size, width, depth, decoder_depth or depth, block, position, tied, scan, remat,

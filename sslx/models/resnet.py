@@ -8,7 +8,9 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax.numpy as jnp
 
+from sslx.config import Count
 from sslx.layers import BatchNorm, Conv
+from sslx.models import Backbone
 from sslx.views.image import normalize
 
 
@@ -33,7 +35,7 @@ class Residual(nn.Module):
         return nn.relu(x + y)
 
 
-class ResNet(nn.Module):
+class ResNet(Backbone):
     """Features [B, D] of images [B, H, W, C] in [0, 1]; batch statistics in the collection "batch_stats"."""
 
     stages: tuple[int, ...]
@@ -65,11 +67,11 @@ class ResNet(nn.Module):
         return x.mean((1, 2), dtype=jnp.float32)
 
     def encode(self, images_BHWC, *, train: bool = False):
-        """The features of images: what a backbone offers."""
+        """The features of images: what a `Backbone` offers."""
         return self(images_BHWC, train)
 
 
-def make(*, stages: tuple[int, ...] = (2, 2, 2, 2), width: int = 64, bottleneck: bool = False,
+def make(*, stages: tuple[Count, ...] = (2, 2, 2, 2), width: Count = 64, bottleneck: bool = False,
          stem: Literal["imagenet", "small", "small_stride2"] = "imagenet",
          remat: Literal["none", "full"] = "none", dtype: Literal["float32", "bfloat16"] = "bfloat16") -> ResNet:
     """A residual network.

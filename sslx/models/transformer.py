@@ -9,12 +9,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from sslx import config
-from sslx.config import UserError
+from sslx.config import Count, Natural, Nonnegative, Positive, UserError
 from sslx.layers import Embed, Mask, Norm, Remat, Stack, nll, scores
+from sslx.models import check_heads
 
 
 class Transformer(nn.Module):
     """logits [B, T, V] = head(hidden), hidden [B, T, D] = norm(stack(embed(tokens) + positions))."""
+
+    modality = "text"
 
     vocab_size: int
     max_length: int
@@ -70,11 +73,12 @@ class Transformer(nn.Module):
         return self.tokens if self.tied else self.head
 
 
-def make(*, vocab_size: int, max_length: int, width: int, depth: int, heads: int, kv_heads: int | None = None,
-         hidden: int | None = None, norm: Literal["layer", "rms"] = "layer", mlp: Literal["gelu", "swiglu"] = "gelu",
-         position: Literal["learned", "rope", "none"] = "learned", bias: bool = True, qk_norm: bool = False,
-         window: int | None = None, experts: dict[str, Any] | None = None, tied: bool = True, scan: bool = True,
-         remat: Remat = "none", loss_chunks: int = 1,
+def make(*, vocab_size: Count, max_length: Count, width: Count, depth: Count, heads: Count,
+         kv_heads: Count | None = None, hidden: Count | None = None, norm: Literal["layer", "rms"] = "layer",
+         mlp: Literal["gelu", "swiglu"] = "gelu", position: Literal["learned", "rope", "none"] = "learned",
+         bias: bool = True, qk_norm: bool = False, window: Count | None = None,
+         experts: dict[str, Any] | None = None, tied: bool = True, scan: bool = True, remat: Remat = "none",
+         loss_chunks: Count = 1,
          dtype: Literal["float32", "bfloat16"] = "bfloat16") -> Transformer:
     """A transformer; the defaults are GPT-2's.
 
@@ -87,27 +91,26 @@ def make(*, vocab_size: int, max_length: int, width: int, depth: int, heads: int
     scan:        one compiled block for all layers.
     remat:       what the backward pass recomputes (layers.Stack).
     loss_chunks: parts in which the loss computes the head's logits, never all at once.
+
+    Raises UserError for heads that do not divide the width.
     """
-    if position == "rope" and (width // heads) % 2:
-        raise UserError(f"rotary positions turn pairs, and model.width={width} over model.heads={heads} is odd")
-    mixed = config.call(mixture, experts, "config.model.experts") if experts else None
+    check_heads(width, heads, kv_heads, rotary=position == "rope")
+    mixed = None if experts is None else config.call(mixture, experts, "config.model.experts")
     block = dict(heads=heads, kv_heads=kv_heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, qk_norm=qk_norm,
                  window=window, experts=mixed, rope=position == "rope", dtype=jnp.dtype(dtype))
     return Transformer(vocab_size, max_length, width, depth, block, position, tied, scan, remat, loss_chunks,
                        jnp.dtype(dtype))
 
 
-def mixture(*, n: int, top_k: int = 2, capacity: float = 1.25, shared: int = 0,
-            balance: float = 0.01) -> dict[str, Any]:
+def mixture(*, n: Count, top_k: Count = 2, capacity: Positive = 1.25, shared: Natural = 0,
+            balance: Nonnegative = 0.01) -> dict[str, Any]:
     """What `layers.Experts` is made with.
 
     n:        experts, of which a token takes `top_k`.
-    capacity: places of an expert over its even share; n / top_k drops no token.
+    capacity: places of an expert over its even share, which is 1; n / top_k drops no token.
     shared:   experts that every token takes.
     balance:  weight of the load-balance penalty, whose gradient alone is added.
     """
-    if not 1 <= top_k <= n:
+    if top_k > n:
         raise UserError(f"model.experts.top_k={top_k} must be from 1 to model.experts.n={n}")
-    if capacity <= 0:
-        raise UserError(f"model.experts.capacity={capacity} must be positive; 1 is an even share")
     return dict(n=n, top_k=top_k, capacity=capacity, shared=shared, balance=balance)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sslx.config import UserError
+from sslx.config import Count, UserError
 from sslx.layers import Linear, Norm, Remat, Stack, weight
+from sslx.models import Backbone, check_heads
 from sslx.sharding import gather, spec, whole
 from sslx.views.image import normalize, patchify
 
@@ -29,7 +30,7 @@ def sincos_2d(rows: int, cols: int, width: int) -> np.ndarray:
     return np.concatenate([by_row, by_col], 1).astype(np.float32)
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(Backbone):
     """Tokens [B, (1 +) N, D], normed, of images [B, H, W, C] in [0, 1]; a class token comes first.
 
     Images of another size than `grid` patches get learned positions resized, fixed ones computed.
@@ -83,15 +84,16 @@ class VisionTransformer(nn.Module):
         return self.features(self(images_BHWC))
 
 
-def make(*, image_size: int, patch: int, width: int, depth: int, heads: int, hidden: int | None = None,
+def make(*, image_size: Count, patch: Count, width: Count, depth: Count, heads: Count, hidden: Count | None = None,
          pool: Literal["cls", "mean"] = "cls", position: Literal["learned", "sincos"] = "learned",
          norm: Literal["layer", "rms"] = "layer", mlp: Literal["gelu", "swiglu"] = "gelu", bias: bool = True,
          qk_norm: bool = False, scan: bool = True, remat: Remat = "none",
          dtype: Literal["float32", "bfloat16"] = "bfloat16") -> VisionTransformer:
     """A vision transformer for images of `image_size` pixels a side (others are possible: multi-crop).
 
-    Raises UserError if `patch` does not divide `image_size`, or sines do not fit the width.
+    Raises UserError if `patch` does not divide `image_size`, or heads or sines do not fit the width.
     """
+    check_heads(width, heads)
     if image_size % patch:
         raise UserError(f"model.patch={patch} does not divide model.image_size={image_size};"
                         f" the divisors are {[p for p in range(1, image_size + 1) if image_size % p == 0]}")

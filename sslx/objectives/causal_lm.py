@@ -6,6 +6,7 @@ B batch, T time, D model, V vocabulary.
 import jax
 import jax.numpy as jnp
 
+from sslx.config import Count, Positive
 from sslx.data import Info
 from sslx.models.transformer import Transformer
 from sslx.objectives import Objective
@@ -31,7 +32,7 @@ def next_token_loss(nll_BT, segment_ids=None):
     return jnp.where(inside, nll_BT, 0).sum() / jnp.maximum(n, 1)
 
 
-def make(model: Transformer, info: Info, *, sample_length: int = 128, temperature: float = 0.8) -> Objective:
+def make(model: Transformer, info: Info, *, sample_length: Count = 128, temperature: Positive = 0.8) -> Objective:
     """Causal LM on windows of tokens; `sample_length` tokens are generated for the report at `temperature`."""
     check_tokens(model, info)
 

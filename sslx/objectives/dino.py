@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from sslx import config
+from sslx.config import Count, Natural, Positive, Share
 from sslx.data import Info
+from sslx.models import Backbone
 from sslx.models import encode as encode_images
 from sslx.models.heads import Prototypes
 from sslx.objectives import Objective
-from sslx.objectives.image import grid_patches
+from sslx.objectives.image import check_images, grid_patches
 from sslx.views import separate
 from sslx.views.image import augmentation, multi_crop, to_float
 
@@ -46,17 +48,18 @@ def moving_average(old, new, momentum):
     return jax.tree.map(lambda o, n: momentum * o + (1 - momentum) * jax.lax.stop_gradient(n), old, new)
 
 
-def make(model, info: Info, *, steps: int, global_view: dict[str, Any], local_view: dict[str, Any], n_local: int = 8,
-         n_prototypes: int = 65536, hidden: int = 2048, bottleneck: int = 256, student_temperature: float = 0.1,
-         teacher_temperature: tuple[float, float] = (0.04, 0.07), temperature_warmup: int = 0,
-         momentum: tuple[float, float] = (0.996, 1.0), centre_momentum: float = 0.9,
-         freeze_prototypes: int = 0) -> Objective:
+def make(model: Backbone, info: Info, *, steps: Count, global_view: dict[str, Any], local_view: dict[str, Any],
+         n_local: Natural = 8, n_prototypes: Count = 65536, hidden: Count = 2048, bottleneck: Count = 256,
+         student_temperature: Positive = 0.1, teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07),
+         temperature_warmup: Natural = 0, momentum: tuple[Share, Share] = (0.996, 1.0),
+         centre_momentum: Share = 0.9, freeze_prototypes: Natural = 0) -> Objective:
     """DINO with two global crops and `n_local` local ones.
 
     steps:               over which the teacher's momentum moves along a cosine.
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
     freeze_prototypes:   steps in which the last layer stays as it was drawn.
     """
+    check_images(model, info)
     views = [config.call(augmentation, global_view, "config.objective.global_view")] * 2
     local = config.call(augmentation, local_view, "config.objective.local_view")
     head = Prototypes(hidden, bottleneck, n_prototypes, model.dtype)

@@ -10,11 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sslx.config import UserError
+from sslx import config
+from sslx.config import Count, Part, UserError
 from sslx.data import Info
 from sslx.layers import Linear, Norm, Remat, Stack, weight
+from sslx.models import check_heads
 from sslx.models.vit import VisionTransformer, sincos_2d
 from sslx.objectives import Objective
+from sslx.objectives.image import check_images
 from sslx.sharding import spec, whole
 from sslx.views.image import View, augmentation, patchify, to_float, unpatchify
 from sslx.views.tokens import random_keep
@@ -56,8 +59,8 @@ class Decoder(nn.Module):
         return Linear(self.features, ("embed", None), dtype=self.dtype, name="pixels")(x_BND).astype(jnp.float32)
 
 
-def make(model: VisionTransformer, info: Info, *, view: dict[str, Any], mask_ratio: float = 0.75,
-         decoder_width: int = 512, decoder_depth: int = 8, decoder_heads: int = 16,
+def make(model: VisionTransformer, info: Info, *, view: dict[str, Any], mask_ratio: Part = 0.75,
+         decoder_width: Count = 512, decoder_depth: Count = 8, decoder_heads: Count = 16,
          normalize_target: bool = True) -> Objective:
     """MAE: the encoder sees the kept patches only, a light decoder all positions.
 
@@ -65,7 +68,14 @@ def make(model: VisionTransformer, info: Info, *, view: dict[str, Any], mask_rat
     mask_ratio:       of patches hidden.
     normalize_target: each patch of the target by its own mean and standard deviation.
     """
-    augment: View = augmentation(**view)
+    check_images(model, info)
+    augment: View = config.call(augmentation, view, "config.objective.view")
+    check_heads(decoder_width, decoder_heads, names=("objective.decoder_width", "objective.decoder_heads"))
+    if decoder_width % 4:
+        raise UserError(f"objective.decoder_width={decoder_width} must be a multiple of 4, as its positions are sines")
+    if view["size"] != model.grid[0] * model.patch:
+        raise UserError(f"objective.view.size={view['size']} must be model.image_size={model.grid[0] * model.patch},"
+                        " whose patches the decoder reconstructs")
     n = model.grid[0] * model.grid[1]
     n_keep = round(n * (1 - mask_ratio))
     if not 0 < n_keep < n:
@@ -108,8 +118,8 @@ def make(model: VisionTransformer, info: Info, *, view: dict[str, Any], mask_rat
         return tokens_BND[:, n_cls:].astype(jnp.float32).mean(1)
 
     def show(params, aux, batch, key):
-        images = to_float(batch["image"])
-        predicted_BNP, target_BNP, mask_BN = reconstruct(params, images, key)
+        key_view, key_mask = jax.random.split(key)
+        predicted_BNP, target_BNP, mask_BN = reconstruct(params, augment(key_view, batch["image"]), key_mask)
         if normalize_target:
             mean, std = per_patch(target_BNP)
             predicted_BNP = predicted_BNP * std + mean

@@ -6,7 +6,7 @@ B batch, T time, K masked positions, D model.
 import jax
 import jax.numpy as jnp
 
-from sslx.config import UserError
+from sslx.config import Part, Share, UserError
 from sslx.data import Info
 from sslx.models.transformer import Transformer
 from sslx.objectives import Objective
@@ -20,7 +20,7 @@ def masked_token_loss(nll_BK, weights_BK):
     return (nll_BK * weights_BK).sum() / jnp.maximum(weights_BK.sum(), 1)
 
 
-def make(model: Transformer, info: Info, *, rate: float = 0.15, replace: float = 0.8, random: float = 0.1,
+def make(model: Transformer, info: Info, *, rate: Part = 0.15, replace: Share = 0.8, random: Share = 0.1,
          whole_word: bool = False) -> Objective:
     """BERT's objective, with positions redrawn at every step and the head on masked positions only.
 
@@ -29,6 +29,9 @@ def make(model: Transformer, info: Info, *, rate: float = 0.15, replace: float =
     whole_word: mask words rather than tokens.
     """
     check_tokens(model, info)
+    if replace + random > 1:
+        raise UserError(f"objective.replace={replace} and objective.random={random} are shares of the same tokens, and"
+                        " sum to more than 1")
     mask_id, pad_id = special(info, "mask"), info.special.get("pad")
     if whole_word and info.word_starts is None:
         raise UserError("objective.whole_word needs to know where words begin, and the tokenizer of"

@@ -5,15 +5,17 @@ import jax.numpy as jnp
 
 from sslx.data import Info
 from sslx.layers import Linear, cross_entropy
+from sslx.models import Backbone
 from sslx.models import encode as encode_images
 from sslx.objectives import Objective
-from sslx.objectives.image import grid_patches
+from sslx.objectives.image import check_images, grid_patches
 from sslx.views import interleave
 from sslx.views.image import to_float
 
 
-def make(model, info: Info) -> Objective:
+def make(model: Backbone, info: Info) -> Objective:
     """Four turns of every image, a linear head that tells them apart."""
+    check_images(model, info)
     head = Linear(4, ("embed", None))
 
     def init(key, batch):

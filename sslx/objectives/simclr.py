@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from sslx import config
-from sslx.config import UserError
+from sslx.config import Count, Positive, UserError
 from sslx.data import Info
+from sslx.models import Backbone
 from sslx.models import encode as encode_images
 from sslx.models.heads import Projector, unit
 from sslx.objectives import Objective
-from sslx.objectives.image import grid_patches
+from sslx.objectives.image import check_images, grid_patches
 from sslx.sharding import replicate, spec
 from sslx.views import separate
 from sslx.views.image import augmentation, multi_view, to_float
@@ -47,12 +48,13 @@ def nt_xent(a_BD, b_BD, temperature: float, chunks: int = 1):
     return jax.nn.logsumexp(log_sum_CBV, 0).mean() - (a_BD * b_BD).sum(1).mean() / temperature
 
 
-def make(model, info: Info, *, view: dict[str, Any], temperature: float = 0.1, chunks: int = 1, hidden: int = 2048,
-         features: int = 128, depth: int = 2) -> Objective:
+def make(model: Backbone, info: Info, *, view: dict[str, Any], temperature: Positive = 0.1, chunks: Count = 1,
+         hidden: Count = 2048, features: Count = 128, depth: Count = 2) -> Objective:
     """SimCLR with a projector of `depth` layers; `view` holds the arguments of `views.image.augmentation`.
 
     chunks: in which the products of all pairs are made, and made again for the gradient: for batches of thousands.
     """
+    check_images(model, info)
     augment = config.call(augmentation, view, "config.objective.view")
     projector = Projector(hidden, features, depth, model.dtype)
 

@@ -5,7 +5,7 @@ B batch, S inputs, T targets.
 
 import jax.numpy as jnp
 
-from sslx.config import UserError
+from sslx.config import Part, Positive, UserError
 from sslx.data import Info
 from sslx.models.encdec import EncoderDecoder
 from sslx.objectives import Objective
@@ -13,7 +13,7 @@ from sslx.objectives.text import check_tokens, mean_pooled, special
 from sslx.views.tokens import span_corrupt, span_lengths
 
 
-def make(model: EncoderDecoder, info: Info, *, rate: float = 0.15, mean_span: float = 3.0) -> Objective:
+def make(model: EncoderDecoder, info: Info, *, rate: Part = 0.15, mean_span: Positive = 3.0) -> Objective:
     """T5's objective: `rate` of the tokens in spans of `mean_span` tokens on average.
 
     Inputs and targets have the static lengths of `views.tokens.span_lengths`; nothing is padded.

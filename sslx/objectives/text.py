@@ -8,8 +8,6 @@ from sslx.data import Info
 
 def check_tokens(model, info: Info) -> None:
     """Raises UserError unless the model's vocabulary and positions hold the data's tokens."""
-    if info.modality != "text":
-        raise UserError(f"objective.name is one for text, and data.train is {info.name!r}, a source of {info.modality}")
     if model.vocab_size < info.vocab_size:
         raise UserError(f"model.vocab_size={model.vocab_size} is smaller than the {info.vocab_size} token ids of"
                         f" {info.name!r}; set model.vocab_size to {-(-info.vocab_size // 64) * 64} or more")

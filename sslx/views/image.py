@@ -8,15 +8,19 @@ B batch, C channels, H W of the image, S of the view, P of the patch.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from sslx import views
-from sslx.config import UserError
+from sslx.config import Count, Nonnegative, Only, Share, UserError
 
 View = Callable[[jax.Array, jax.Array], jax.Array]
+
+Areas = Annotated[tuple[float, float], Only(lambda s: 0 < s[0] <= s[1] <= 1, "two areas, 0 < least <= greatest <= 1")]
+Interval = Annotated[tuple[float, float], Only(lambda r: 0 < r[0] <= r[1], "two positive numbers, the least first")]
+Hue = Annotated[float, Only(lambda d: 0 <= d <= 0.5, "a shift from 0 to 0.5 turns")]
 
 LUMA = (0.2989, 0.587, 0.114)
 
@@ -43,10 +47,10 @@ class Draw(NamedTuple):
     solarize: jax.Array
 
 
-def augmentation(*, size: int, scale: tuple[float, float] = (0.2, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3),
-                 flip: float = 0.5, jitter: float = 0.8, brightness: float = 0.8, contrast: float = 0.8,
-                 saturation: float = 0.8, hue: float = 0.2, grayscale: float = 0.2, blur: float = 0.5,
-                 blur_sigma: tuple[float, float] = (0.1, 2.0), solarize: float = 0.0) -> View:
+def augmentation(*, size: Count, scale: Areas = (0.2, 1.0), ratio: Interval = (3 / 4, 4 / 3), flip: Share = 0.5,
+                 jitter: Share = 0.8, brightness: Nonnegative = 0.8, contrast: Nonnegative = 0.8,
+                 saturation: Nonnegative = 0.8, hue: Hue = 0.2, grayscale: Share = 0.2, blur: Share = 0.5,
+                 blur_sigma: Interval = (0.1, 2.0), solarize: Share = 0.0) -> View:
     """A view: (key, images [B, H, W, C], uint8 or float in [0, 1]) -> float32 [B, size, size, C] in [0, 1].
 
     Random resized crop, flip, blur, colour jitter, grayscale, solarize, as in SimCLR (Chen et al. 2020)
@@ -61,21 +65,7 @@ def augmentation(*, size: int, scale: tuple[float, float] = (0.2, 1.0), ratio: t
     brightness, contrast, saturation: d, for a factor uniform in [max(0, 1 - d), 1 + d].
     hue:        d <= 0.5, for a shift uniform in [-d, d] turns.
     blur_sigma: uniform, in pixels of the view.
-
-    Raises UserError for a value out of its range.
     """
-    probabilities = dict(flip=flip, jitter=jitter, grayscale=grayscale, blur=blur, solarize=solarize)
-    strengths = dict(brightness=brightness, contrast=contrast, saturation=saturation)
-    checks = [("size", size, size >= 1, "a positive number of pixels"),
-              ("scale", scale, 0 < scale[0] <= scale[1] <= 1, "two areas with 0 < least <= greatest <= 1"),
-              ("ratio", ratio, 0 < ratio[0] <= ratio[1], "two positive ratios, the least first"),
-              ("blur_sigma", blur_sigma, 0 < blur_sigma[0] <= blur_sigma[1], "two positive widths, the least first"),
-              ("hue", hue, 0 <= hue <= 0.5, "a shift in [0, 0.5] turns"),
-              *((k, p, 0 <= p <= 1, "a probability in [0, 1]") for k, p in probabilities.items()),
-              *((k, d, d >= 0, "a strength of at least 0") for k, d in strengths.items())]
-    for name, value, holds, wanted in checks:
-        if not holds:
-            raise UserError(f"the augmentation's {name} is {value}; it takes {wanted}")
 
     def view(key, images_BHWC):
         u = draw(key, len(images_BHWC))
@@ -270,8 +260,8 @@ def patchify(images_BHWC: jax.Array, p: int) -> jax.Array:
     """
     batch, height, width, channels = images_BHWC.shape
     if height % p or width % p:
-        raise UserError(f"patches of {p} x {p} pixels do not tile an image of {height} x {width};"
-                        " the patch size must divide both sides")
+        raise UserError(f"patches of {p} x {p} pixels (model.patch) do not tile an image of {height} x {width} (of the"
+                        " data, or the size of a view); the patch size must divide both sides")
     reshape = functools.partial(jnp.reshape, out_sharding=views.rows())
     tiles = reshape(images_BHWC, (batch, height // p, p, width // p, p, channels))
     return reshape(tiles.transpose(0, 1, 3, 2, 4, 5), (batch, -1, p * p * channels))

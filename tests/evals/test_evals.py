@@ -218,7 +218,7 @@ def test_raw_features_of_tokens_are_shares():
     (dict(probe=dict(l3=(1.0,))), "evals.probe.l3"),
     (dict(probe=dict(l2=(0.0,))), "evals.probe.l2"),
     (dict(knn=5), "evals.knn is 5"),
-    (dict(knn=dict(k=0)), "k=0"),
+    (dict(knn=dict(k=0)), "evals.knn.k is 0; it takes a positive integer"),
     (dict(batch_size=12), "evals.batch_size is 12"),
     (dict(batch_size="often"), "evals.batch_size"),
     (dict(labelled=dict(trian=dict())), "did you mean 'train'"),
@@ -229,9 +229,18 @@ def test_mistakes_name_the_field(section, message):
 
 
 def test_a_missing_split_says_where_to_add_it():
-    evaluate = evals.make(dict(batch_size=8, probe=dict()), OBJECTIVE, make_mesh())
     with pytest.raises(UserError, match="evals.labelled.train"):
-        evaluate.evaluate(jnp.float32(1.0), ())
+        evals.make(dict(batch_size=8, probe=dict()), OBJECTIVE, make_mesh())
+
+
+def test_a_source_that_nothing_reads_and_one_that_is_too_small_are_refused():
+    labelled = dict(train=dict(name="digits", split="train"), test=dict(name="digits", split="test"))
+    with pytest.raises(UserError, match=r"unknown key evals.knn.source: this evaluation reads train and test"):
+        evals.make(dict(batch_size=8, labelled=labelled, knn=dict(source=labelled["test"])), OBJECTIVE, make_mesh())
+    with pytest.raises(UserError, match=r"evals.knn takes at least 1438 examples of the split 'train', .* has 1437"):
+        evals.make(dict(batch_size=8, labelled=labelled, knn=dict(k=1438)), OBJECTIVE, make_mesh())
+    with pytest.raises(UserError, match=r"at least 368 examples \(evals.batch_size\) of the split 'heldout', .* 360"):
+        evals.make(dict(batch_size=368, heldout=dict(source=labelled["test"])), OBJECTIVE, make_mesh())
 
 
 def test_too_little_held_out_data_is_an_error():

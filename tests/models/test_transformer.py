@@ -103,6 +103,11 @@ def test_gpt2_small_has_its_published_size():
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 124_439_808
 
 
-def test_rotary_positions_of_an_odd_head_are_refused():
-    with pytest.raises(UserError, match="model.width=18 over model.heads=2 is odd"):
-        transformer.make(vocab_size=8, max_length=8, width=18, depth=1, heads=2, position="rope")
+@pytest.mark.parametrize("heads, message", [
+    (dict(heads=4), "model.width=18 does not divide into model.heads=4 heads"),
+    (dict(heads=6, kv_heads=4), "model.heads=6 heads do not divide into model.kv_heads=4 groups"),
+    (dict(heads=2, position="rope"), "model.width=18 over model.heads=2 is odd"),
+])
+def test_heads_that_do_not_fit_are_named(heads, message):
+    with pytest.raises(UserError, match=message):
+        transformer.make(vocab_size=8, max_length=8, width=18, depth=1, **heads)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
+from sslx import config
 from sslx.config import UserError
 from sslx.sharding import batch_sharding, make_mesh
 from sslx.views import image, interleave, separate
@@ -199,8 +200,8 @@ def test_normalize_per_channel():
                                      dict(contrast=-1.0), dict(blur_sigma=(0.0, 1.0)), dict(ratio=(2.0, 1.0))])
 def test_values_out_of_range_name_the_option(options):
     (name,) = options
-    with pytest.raises(UserError, match=name):
-        image.augmentation(**dict(size=8) | options)
+    with pytest.raises(UserError, match=f"config.objective.view.{name} is"):
+        config.call(image.augmentation, dict(size=8) | options, "config.objective.view")
 
 
 def test_patches_that_do_not_tile_are_an_error():
