@@ -18,6 +18,8 @@ from tqdm import tqdm
 from sslx.config import UserError
 
 SCHEMA_VERSION = 1
+OBJECTS = ("config", "flops_per_example", "versions")  # fields of a run that are read as such
+MAX_DIGITS = 300
 Record = dict[str, Any]
 
 
@@ -50,7 +52,7 @@ class Logger:
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(line(r) for r in (*runs, *points)))
         temporary.replace(self.path)
-        self.wall_s = max((p["wall_s"] for p in points), default=0.0)
+        self.wall_s = max((p.get("wall_s", 0.0) for p in points), default=0.0)
 
     def append(self, record: Record) -> None:
         with self.path.open("a") as file:
@@ -116,22 +118,50 @@ def line(record: Record) -> str:
 def read(workdir: pathlib.Path | str) -> tuple[list[Record], list[Record]]:
     """(runs, points) of a workdir's metrics.jsonl. A last line cut short by a kill is left out.
 
-    Raises UserError if there is no log, or a line within it is no record.
+    Raises UserError if there is no log, or a line within it is no record of a run.
     """
     path = pathlib.Path(workdir)
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path} does not exist: {workdir} is no workdir of a run")
     records = []
-    lines = path.read_text().split("\n")
-    for number, text in enumerate(lines, 1):
+    lines = path.read_bytes().split(b"\n")
+    for at, text in enumerate(lines, 1):
         try:
             if text:
-                records.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path} line {number} is not JSON ({error}); remove the line") from error
+                records.append(parse(text))
+        except (ValueError, RecursionError) as error:
+            if at < len(lines):
+                raise UserError(f"{path} line {at} is no record of a run ({error}); remove the line") from error
     return [r for r in records if r["kind"] == "run"], [r for r in records if r["kind"] == "point"]
+
+
+def parse(text: bytes) -> Record:
+    """One line of the log, whose fields can be computed with. Raises ValueError."""
+    record = json.loads(text.decode(), parse_int=integer)
+    match record:
+        case {"kind": "run"}:
+            wrong = [k for k in OBJECTS if not isinstance(record.get(k) or {}, dict)]
+            wrong += [k for k in ("resumed_from",) if not is_number(record.get(k, 0))]
+        case {"kind": "point", "step": int(), "split": str(), "metrics": dict(metrics)}:
+            wrong = [k for k, value in metrics.items() if value is not None and not is_number(value)]
+            wrong += [k for k in ("wall_s",) if not is_number(record.get(k, 0))]
+        case _:
+            raise ValueError("it is no run, and no point with step, split and metrics")
+    if wrong:
+        raise ValueError(f"its {wrong[0]} is {str(record.get(wrong[0]))[:40]!r}")
+    return record
+
+
+def integer(digits: str) -> int:
+    """An integer of JSON. Raises ValueError for one beyond all floats."""
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def summary(workdir: pathlib.Path | str) -> str:

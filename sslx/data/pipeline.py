@@ -156,4 +156,14 @@ def narrow(x: np.ndarray) -> np.ndarray:
 
 
 def stack(examples: list[Example]) -> Example:
+    """The examples as one, each field stacked. Raises UserError if they have other fields, shapes or dtypes."""
+    first = layout(examples[0])
+    for example in examples:
+        if layout(example) != first:
+            raise UserError(f"example {example.get('index')} is {layout(example)}, and {examples[0].get('index')} is"
+                            f" {first}: a batch takes examples of one layout")
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def layout(example: Example) -> dict[str, tuple]:
+    return {name: (np.shape(x), np.asarray(x).dtype.str) for name, x in example.items()}

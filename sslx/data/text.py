@@ -19,6 +19,8 @@ from sslx.data.windows import documents as documents_of
 
 log = logging.getLogger(__name__)
 
+MAX_BYTES = 1 << 32  # all of it is in memory at once, as text and as tokens
+
 # Packages of Python's library that make a class: large enough to be held out by file.
 MAX_PACKAGES, MIN_FILES, LARGEST_TO_MEDIAN = 16, 20, 2
 
@@ -47,8 +49,8 @@ def make(
     labels="field": an example is one JSONL document with its label, cut to T or padded with pad
     (segment_ids 0 there, which come with these examples always).
 
-    Empty documents are counted and skipped, and so are unreadable lines unless on_bad="stop", which
-    raises UserError.
+    Empty documents are counted and skipped, and so are files that are no UTF-8 text and unreadable lines, unless
+    on_bad="stop", which raises UserError.
     """
     if length < 1:
         raise UserError(f"config.data.length is {length}; it takes a positive number of tokens")
@@ -67,6 +69,11 @@ def make(
     if labels == "field" and not all(corpus.is_jsonl(f.path) for f in files):
         raise UserError(f"config.data.labels is 'field' and config.data.path {path!r}: labels of documents are read"
                         " from JSONL files (*.jsonl) only")
+    n_stored = sum(f.path.stat().st_size for f in files)
+    if n_stored > MAX_BYTES:
+        raise UserError(f"config.data.path {path!r} holds {n_stored} bytes; more than {MAX_BYTES} are not read into"
+                        f" memory. Prepare it (python -m sslx.data.prepare --input {path!r} --out FOLDER) and read it"
+                        " with config.data.name='tokens'")
     label = label_field if labels == "field" else None
     found = (d for f in files for d in corpus.documents(f, text_field, label))
     kept = readable(found, path, split, heldout, on_bad)
@@ -101,8 +108,9 @@ def make(
 
 def readable(found: Iterable[Document], path: str, split: str, heldout: float, on_bad: OnBad) -> list[Document]:
     """The documents of a split that have text; says how many were empty or bad."""
-    kept, passed_over = [], collections.Counter[str]()
+    kept, passed_over, last_bad = [], collections.Counter[str](), ""
     for document in found:
+        last_bad = document.bad or last_bad
         if document.bad and on_bad == "stop":
             raise UserError(f"a bad record: {document.bad}. Repair or remove it, or let bad records be skipped"
                             " (on_bad='skip')")
@@ -111,11 +119,12 @@ def readable(found: Iterable[Document], path: str, split: str, heldout: float, o
         elif corpus.in_split(document.key, split, heldout):
             kept.append(document)
     if passed_over:
-        log.warning("%s: skipped %d empty and %d bad documents", path, passed_over["empty"], passed_over["bad"])
+        log.warning("%s: skipped %d empty and %d bad documents%s", path, passed_over["empty"], passed_over["bad"],
+                    f", the last: {last_bad}" if last_bad else "")
     if not kept:
         raise UserError(f"config.data.path {path!r} has no readable document in its split {split!r}"
                         f" (config.data.heldout = {heldout}; {passed_over['empty']} are empty,"
-                        f" {passed_over['bad']} bad)")
+                        f" {passed_over['bad']} bad{last_bad and f', the last: {last_bad}'})")
     return kept
 
 

@@ -7,10 +7,12 @@ sentinels (span corruption). No text can encode to one of them.
 """
 
 import argparse
+import contextlib
 import hashlib
+import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from sslx.config import UserError
 from sslx.data import corpus
 
+MAX_BYTES = 1 << 28  # of a tokenizer's file; a vocabulary of 256k has 30 MB
 N_SENTINELS = 100
 SPECIAL = ("<|eod|>", "<|mask|>", "<|pad|>", *(f"<|sentinel_{i}|>" for i in range(N_SENTINELS)))
 
@@ -67,26 +70,30 @@ def byte_tokenizer() -> Tokenizer:
 
 def bpe_tokenizer(path: str) -> Tokenizer:
     """A tokenizer from a JSON file; special tokens that it lacks are added at its end."""
-    try:
+    with explained(path):
+        if os.path.getsize(path) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
         content = pathlib.Path(path).read_bytes()
         bpe = tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"the tokenizer {path} cannot be read ({error}). It takes 'bytes' or a JSON file of the"
-                        " tokenizers library: python -m sslx.data.tokenize train --vocab-size 8192"
-                        f" --out {path} PATHS...") from error
-    bpe.add_special_tokens(list(SPECIAL))
-    bpe.encode_special_tokens = True  # a document that spells out "<|eod|>" holds seven characters, no end
-    ids = [bpe.token_to_id(s) for s in SPECIAL]
-    first = min(i for i in ids if i is not None)
-    if ids != list(range(first, first + len(SPECIAL))):
-        raise UserError(f"the special tokens of {path} are not consecutive: train the tokenizer with"
-                        " python -m sslx.data.tokenize train")
-    vocab_size = bpe.get_vocab_size()
+        # A document is encoded whole, as it is, and always alike, whatever the file was saved with.
+        bpe.no_truncation()
+        bpe.no_padding()
+        if isinstance(bpe.model, models.BPE):
+            bpe.model.dropout = None
+        bpe.add_special_tokens(list(SPECIAL))
+        bpe.encode_special_tokens = True  # a document that spells out "<|eod|>" holds seven characters, no end
+        vocab_size, ids = bpe.get_vocab_size(), [bpe.token_to_id(s) for s in SPECIAL]
+        if sorted(bpe.get_vocab().values()) != list(range(vocab_size)):
+            raise ValueError("its ids are not 0, 1, 2, ...")
+        first = vocab_size - len(SPECIAL)
+        if ids != list(range(first, vocab_size)):
+            raise ValueError("its special tokens are not consecutive at the end of the vocabulary")
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
     def encode(text: str | bytes) -> np.ndarray:
         text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
-        return np.array(bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype)
+        with explained(path):
+            return np.array(bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids, dtype)
 
     def decode(ids: Sequence[int]) -> str:
         return bpe.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -96,6 +103,19 @@ def bpe_tokenizer(path: str) -> Tokenizer:
                         for i in range(vocab_size))
     digest = hashlib.sha256(content).hexdigest()[:16]
     return Tokenizer(encode, decode, vocab_size, special_ids(first), word_starts, digest, dtype)
+
+
+@contextlib.contextmanager
+def explained(path: str) -> Iterator[None]:
+    """What is wrong with a tokenizer file as a UserError. The library raises bare Exceptions, and panics are none."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"the tokenizer {path} cannot be used ({error}). It takes 'bytes' or a JSON file of the"
+                        " tokenizers library: python -m sslx.data.tokenize train --vocab-size 8192"
+                        f" --out {path} PATHS...") from error
 
 
 def special_ids(first: int) -> dict[str, int]:
@@ -120,7 +140,8 @@ def train(paths: Sequence[str], vocab_size: int, out: str, field: str = "text") 
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     found = (corpus.documents(file, field) for path in paths for file in corpus.files(path, "PATHS"))
-    bpe.train_from_iterator((d.text.decode("utf-8", "replace") for docs in found for d in docs), trainer)
+    bpe.train_from_iterator((d.text.decode("utf-8", "replace") for docs in found for d in docs if not d.bad),
+                            trainer)
     bpe.add_special_tokens(list(SPECIAL))
     pathlib.Path(out).parent.mkdir(parents=True, exist_ok=True)
     bpe.save(out)

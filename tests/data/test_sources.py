@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import tarfile
-import zlib
 
 import numpy as np
 import pytest
@@ -122,7 +121,7 @@ def test_packages_of_the_library_are_classes():
     (lambda d: (d / "train-00000.bin").unlink(), "is missing"),
     (lambda d: (d / "manifest.json").write_text("{"), "cannot be read"),
     (lambda d: (d / "manifest.json").unlink(), "written last"),
-    (lambda d: (d / "manifest.json").write_text("[1]"), "not one of sslx"),
+    (lambda d: (d / "manifest.json").write_text("[1]"), "holds no JSON object"),
 ])
 def test_damaged_tokens_name_the_command(corpus, tmp_path, change, message):
     out = tmp_path / "out"
@@ -150,15 +149,6 @@ def test_what_is_not_there_is_named(section, message, tmp_path, monkeypatch):
     monkeypatch.setenv("SSLX_DATA", str(tmp_path))
     with pytest.raises(UserError, match=message):
         build(**section)
-
-
-def test_bad_lines_of_jsonl(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_text('{"text": "good"}\nnot json\n{"txt": "x"}\n{"text": 3}\n\n{"text": "fine"}\n')
-    source = build(name="text", path=str(path), split="all", length=10)
-    assert source.info.decode(source.examples[0]["tokens"]) == "goodfine"
-    with pytest.raises(UserError, match=r"x\.jsonl:2"):
-        pipeline.source(dict(name="text", path=str(path), split="all", length=10), "config.data", "stop")
 
 
 # --- tokenizers
@@ -296,14 +286,6 @@ def test_damaged_idx_is_named(idx, damage):
         build(name="idx", path=str(folder), split="test")
 
 
-def test_truncated_gzip_is_named(idx):
-    folder, _, _ = idx
-    for path in folder.glob("*images*"):
-        path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(UserError, match="t10k-images"):
-        build(name="idx", path=str(folder), split="test")
-
-
 def test_digits_are_those_of_scikit_learn():
     train, test = (build(name="digits", split=s) for s in ("train", "test"))
     assert len(train.examples) + len(test.examples) == 1797
@@ -322,26 +304,6 @@ def test_folder_resizes_the_shorter_side_and_crops_the_centre(tmp_path):
     assert (source.examples[0]["image"] == 200).all()
     labels = build(name="folder", path=str(image_folder(tmp_path / "two")), size=4)
     assert [int(labels.examples[i]["label"]) for i in range(6)] == [0, 0, 0, 1, 1, 1]
-
-
-def bomb():
-    """A PNG header that claims 30000 x 30000 pixels."""
-    ihdr = b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + ihdr + struct.pack(">I", zlib.crc32(ihdr))
-
-
-@pytest.mark.parametrize("garble", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"GIF89a" + b[6:],
-                                    lambda b: bomb()])
-def test_an_undecodable_image_is_a_bad_record(tmp_path, garble):
-    path = image_folder(tmp_path / "root") / "cat" / "1.png"
-    path.write_bytes(garble(path.read_bytes()))
-    source = build(name="folder", path=str(tmp_path / "root"), size=4)
-    with pytest.raises(BadRecord, match=r"cat/1\.png"):
-        source.examples[1]
-    with pytest.raises(UserError, match=r"cat/1\.png"):
-        pipeline.stream(source, seed=0, shuffle=False, on_bad="stop")[1]
-    following = pipeline.stream(source, seed=0, shuffle=False, on_bad="skip")[1]
-    assert (int(following["index"]), int(following["skipped"])) == (2, 1)
 
 
 def test_all_bad_is_an_error(tmp_path):
@@ -382,21 +344,10 @@ def test_encoded_images_in_array_records(tmp_path):
 @pytest.mark.parametrize("garble", [lambda b: b[:-1], lambda b: b + b"x", lambda b: b[:2], lambda b: b"",
                                     lambda b: b.replace(b"|u1", b"|O8"), lambda b: b"\xff" * 4 + b[4:]])
 def test_a_garbled_record_is_bad(garble):
-    record, _ = arrayrecord.pack(examples()[0])
-    assert arrayrecord.unpack(record, "r")["image"].shape == (3, 4, 1)
+    record, fields = arrayrecord.pack(examples()[0])
+    assert arrayrecord.unpack(record, "r", fields)["image"].shape == (3, 4, 1)
     with pytest.raises(BadRecord):
-        arrayrecord.unpack(garble(record), "r")
-
-
-@pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
-def test_truncated_array_record_file(tmp_path, keep):
-    arrayrecord.write(str(tmp_path), examples(50))
-    path = tmp_path / "00000.array_record"
-    content = path.read_bytes()
-    path.write_bytes(content[: keep if isinstance(keep, int) else int(len(content) * keep)])
-    with pytest.raises((UserError, BadRecord)):
-        source = build(name="arrayrecord", path=str(tmp_path))
-        [source.examples[i] for i in range(50)]
+        arrayrecord.unpack(garble(record), "r", fields)
 
 
 TFDS_BUILDER = '''
