@@ -72,8 +72,7 @@ def report(step: Step, target: Topology, control: bool = False) -> dict[str, Any
     with jax.set_mesh(built.mesh):
         counted = train.count_flops(built.objective, step.current, step.batch)
         held = held_bytes(step)
-        fn: Any = train.train_step(built.objective, built.optimizer, built.run.seed, built.run.accumulate,
-                                   built.compiler_options)
+        fn: Any = train.step_of(built)
         traced = fn.trace(step.current, step.batch)
         lowered = traced.lower(lowering_platforms=(generation.compiler.platform,))
         kernels = flops.kernels(traced.jaxpr.jaxpr)

@@ -2,13 +2,13 @@
 
 verify  reads every checkpoint of the workdir W and compares it with its manifest. Status 1 if one is damaged.
 list    shows their steps, sizes and times.
-prune   removes all but the newest N sound ones, and what is in W/damaged. Not while W is trained in.
+prune   removes all but the newest N sound ones, and what is in W/damaged; refused while W is trained in.
 
-Checkpoints: Orbax, saved in the background, restored onto any mesh; and the config a workdir belongs to.
+Checkpoints: Orbax, saved in the background, restored onto any mesh.
 
 W/checkpoints/STEP is complete when its manifest (sslx/manifest.py) is written, after all processes have written their
 files; until then W/checkpoints/UNSEALED names the step, so that a save that was cut off is told from a manifest that
-was lost. A step that is older than run.keep others goes only when the newest is complete.
+was lost. What run.keep leaves no room for goes only when the newest step is complete.
 """
 
 import argparse
@@ -18,55 +18,67 @@ import datetime
 import errno
 import itertools
 import json
-import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
-from typing import Any, NoReturn
+import time
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 import jax
 import orbax.checkpoint as ocp
 
 from sslx import distributed, manifest
-from sslx.config import UserError
+from sslx.config import UserError, nearest
 from sslx.state import TrainState
-
-# What may differ between a run and its resumption: nothing of it changes what is computed.
-FREE = ("mesh", "evals", "data.workers", "run.overlap", "run.log_every", "run.eval_every", "run.save_every", "run.keep")
+from sslx.workdir import locked, write_atomically
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 UNSEALED = "UNSEALED"  # holds the step that is being saved
 
 
 class Checkpoints:
     """The checkpoints of one workdir, of which the newest is sound.
 
-    Raises UserError if all are damaged.
+    The newest `keep` stay, and those of multiples of `keep_every`, and the one of the best value of a metric:
+    `keep_best` is "min:METRIC" or "max:METRIC". Raises UserError if all are damaged.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int):
-        self.workdir, self.keep = workdir, keep
+    def __init__(self, workdir: pathlib.Path, keep: int, keep_every: int | None = None, keep_best: str | None = None):
+        self.workdir, self.keep, self.keep_every = workdir, keep, keep_every
+        self.best, _, self.metric = (keep_best or "").partition(":")
         self.folder = workdir.absolute() / "checkpoints"
-        if jax.process_index() == 0:
-            repair(workdir)
-        distributed.barrier("the newest checkpoint is sound")
+        self.repaired()
         # All are kept as far as Orbax knows: it would remove the old before the new has its manifest.
         self.manager = ocp.CheckpointManager(
             self.folder, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=True))
         self.sealer = concurrent.futures.ThreadPoolExecutor(1)
         self.sealing: concurrent.futures.Future[None] | None = None
+        self.saved_at = time.monotonic()
+
+    def repaired(self) -> None:
+        """Leaves a sound step as the newest, if there is any, on the disk that all processes share."""
+        if jax.process_index() == 0:
+            repair(self.workdir)
+        distributed.barrier("the newest checkpoint is sound")
 
     def latest(self) -> int | None:
         """The newest step that was saved completely."""
         return self.manager.latest_step()
 
-    def save(self, state: TrainState, bad_records: int = 0) -> None:
+    def newest_sound(self) -> int | None:
+        """The newest step, waited for and compared with its manifest."""
+        with self.explained():
+            self.wait()
+        distributed.barrier("the last checkpoint is complete")
+        self.repaired()
+        self.manager.reload()
+        return self.latest()
+
+    def save(self, state: TrainState, bad_records: int = 0, score: float | None = None) -> None:
         """Starts saving; the device buffers are copied before this returns, so the state may be donated.
 
-        bad_records: passed over so far. Raises UserError, here or later, if no space is left.
+        bad_records: passed over so far. score: of `keep_best`. Raises UserError, here or later, if no space is left.
         """
         step = int(state.step)
         if step not in self.manager.all_steps():
@@ -75,9 +87,10 @@ class Checkpoints:
                 if jax.process_index() == 0:
                     write_atomically(self.folder / UNSEALED, str(step))
                 self.manager.save(step, args=ocp.args.StandardSave(state._asdict()),
-                                  custom_metadata={"bad_records": bad_records})
+                                  custom_metadata={"bad_records": bad_records, "score": score})
                 if jax.process_index() == 0:
                     self.sealing = self.sealer.submit(self.seal, step)
+        self.saved_at = time.monotonic()
 
     def seal(self, step: int) -> None:
         """When all processes have saved `step`: writes its manifest, and removes the steps that are too many."""
@@ -85,8 +98,24 @@ class Checkpoints:
         saved = self.folder / str(step)
         write_atomically(saved / manifest.NAME, manifest.of(saved))
         (self.folder / UNSEALED).unlink()
-        for old in steps(self.folder)[:-self.keep]:
+        there = steps(self.folder)
+        scores = {s: score for s in there if self.best and (score := self.scored(s)) is not None}
+        for old in set(there) - kept(there, self.keep, self.keep_every, self.best, scores):
             remove(self.folder / str(old))
+
+    def scored(self, step: int) -> float | None:
+        """What `save` was told of a step."""
+        found = json.loads((self.folder / str(step) / "_CHECKPOINT_METADATA").read_text())
+        return found["custom_metadata"].get("score")
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """The metric that `keep_best` is about, None if nothing was evaluated. Raises UserError if it is not there."""
+        if not self.best or not metrics:
+            return None
+        if self.metric not in metrics:
+            raise UserError(f"config.run.keep_best names {self.metric!r}, which no evaluation of config.evals gives"
+                            f"{nearest(self.metric, metrics)}")
+        return float(metrics[self.metric])
 
     def wait(self) -> None:
         """Returns when what was started is complete."""
@@ -132,6 +161,13 @@ def no_space(error: Exception) -> bool:
 def steps(folder: pathlib.Path) -> list[int]:
     """The steps saved in `folder`, oldest first, complete or not."""
     return sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit() and p.is_dir())
+
+
+def kept(steps: list[int], keep: int, keep_every: int | None, best: str, scores: Mapping[int, float]) -> set[int]:
+    """Which of the steps, oldest first, stay: the newest, multiples, and the "min" or "max" of `scores` by step."""
+    chosen = {"min": min, "max": max}[best](scores, key=scores.__getitem__) if scores else None
+    return {step for step in steps
+            if step in steps[-keep:] or step == chosen or (keep_every is not None and step % keep_every == 0)}
 
 
 def unsealed(folder: pathlib.Path) -> int | None:
@@ -182,48 +218,6 @@ def set_aside(workdir: pathlib.Path, checkpoint: pathlib.Path) -> pathlib.Path:
     names = itertools.chain([checkpoint.name], (f"{checkpoint.name}.{i}" for i in itertools.count(2)))
     free = next(path for path in (workdir / "damaged" / name for name in names) if not path.exists())
     return checkpoint.rename(free)
-
-
-def claim(workdir: pathlib.Path, config: dict[str, Any], fingerprint: str) -> None:
-    """Binds a new workdir to its config and data, or checks that an old one belongs to them.
-
-    Process 0 binds it; the others find it bound, and so are told if their config or their folder is another. Raises
-    UserError with the differences if it holds a run of another config or of other data.
-    """
-    path = workdir / "config.json"
-    mine = flat(config) | {"data fingerprint": fingerprint}
-    if jax.process_index() == 0 and not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(mine, indent=2))
-    distributed.barrier("the workdir is bound")
-    if not path.exists():
-        raise UserError(f"process 0 has just written {path}, and here it does not exist: --workdir takes a folder that"
-                        " all processes share, such as one on NFS or a mounted bucket")
-    theirs = json.loads(path.read_text())
-    changed = {k: (theirs.get(k), mine.get(k)) for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k)}
-    changed = {k: v for k, v in changed.items() if not any(k == f or k.startswith(f + ".") for f in FREE)}
-    if changed:
-        lines = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
-        raise UserError(f"{workdir} holds a run of another config ({lines}). Use another --workdir, or the config"
-                        f" of that run ({path})")
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} of nested dicts, tuples as lists, as JSON would give them back."""
-    items: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            items |= flat(value, f"{prefix}{key}.")
-        else:
-            items[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return items
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def verify(workdir: pathlib.Path) -> int:
@@ -292,7 +286,8 @@ def main(arguments: list[str]) -> int:
                 return verify(given.workdir)
             case "list":
                 return show(given.workdir)
-        return prune(given.workdir, given.keep)
+        with locked(given.workdir):
+            return prune(given.workdir, given.keep)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return error.status

@@ -3,7 +3,7 @@
 import collections
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,31 +16,54 @@ class Speed(NamedTuple):
     tokens_per_s: float
 
 
-class Clock:
-    """Wall time of the run; time and speed of its steps alone, without evaluations and saves."""
+KINDS = ("start_up", "compile", "step", "data", "eval", "save", "lost")
 
-    def __init__(self, earlier_s: float):
-        self.began, self.paused, self.paused_cpu = time.monotonic() - earlier_s, 0.0, 0.0
+
+class Clock:
+    """Where the wall time of a run goes, in seconds, those before it was resumed included.
+
+    start_up  importing, reading the config, opening the data, restoring.
+    compile   tracing and compiling the step.
+    step      the devices compute, or the host prepares them to.
+    data      the devices wait for a batch.
+    eval, save  evaluations and pictures; what of saving is not in the background.
+    lost      spent on what was done again: after the checkpoint that a resume or a roll-back went on from.
+
+    Every moment is charged to one of them.
+    """
+
+    def __init__(self, earlier: Mapping[str, float], began: float):
+        self.spent = {kind: float(earlier.get(kind, 0.0)) for kind in KINDS}
+        self.cpu_spent = dict.fromkeys(KINDS, 0.0)
+        self.charged, self.charged_cpu = began, 0.0
         self.marks: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=50)
 
+    def charge(self, kind: str) -> None:
+        """What has passed since the last charge was spent on `kind`."""
+        now, cpu = time.monotonic(), time.process_time()
+        self.spent[kind] += now - self.charged
+        self.cpu_spent[kind] += cpu - self.charged_cpu
+        self.charged, self.charged_cpu = now, cpu
+
+    def rewind(self, spent: Mapping[str, float]) -> None:
+        """From here on the account is `spent`, what was lost included."""
+        self.spent |= spent
+        self.charged = time.monotonic()
+        self.marks.clear()
+
     def wall(self) -> float:
-        """Seconds since the run began, those before it was resumed included."""
-        return time.monotonic() - self.began
+        """Seconds of the run."""
+        return sum(self.spent.values()) + time.monotonic() - self.charged
 
     def cpu(self) -> float:
         """CPU-seconds of this process in starting up and stepping."""
-        return time.process_time() - self.paused_cpu
-
-    def pause(self, action: Callable[[], None]) -> None:
-        """Runs what is no step."""
-        began, began_cpu = time.monotonic(), time.process_time()
-        action()
-        self.paused += time.monotonic() - began
-        self.paused_cpu += time.process_time() - began_cpu
+        idle = self.cpu_spent["eval"] + self.cpu_spent["save"]
+        return time.process_time() - idle
 
     def speed(self, step: int, tokens: int) -> Speed:
         """Over the last 50 steps, from the end of the first, which compiles."""
-        self.marks.append((self.wall() - self.paused, step, tokens))
+        self.charge("step")
+        self.marks.append((self.spent["step"] + self.spent["data"], step, tokens))
         (t0, s0, n0), (t1, s1, n1) = self.marks[0], self.marks[-1]
         return Speed((s1 - s0) / (t1 - t0), (n1 - n0) / (t1 - t0)) if t1 > t0 else Speed(0.0, 0.0)
 

@@ -58,9 +58,6 @@ def parse(module: str, doc: str | None, wanted: Mapping[str, Flag], arguments: l
                         ) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: everything is a flag, such as --config.a.b=value")
-    twice = [name for name in values if values[name].present > 1]
-    if twice:
-        raise UserError(f"--{twice[0]} is given {values[twice[0]].present} times; give it once")
     if file is not None and not isinstance(config.value, ConfigDict):
         raise UserError(f"get_config() in {file} returns {config.value!r:.100}; it must return an"
                         " ml_collections.ConfigDict")

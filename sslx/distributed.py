@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -27,6 +28,9 @@ HEARD_S = 1.0
 FOREVER_MS = 10**12
 
 FAILED = "sslx/failed"  # "process status reason" of the first that failed
+
+# What this process does, given the exit status, before the failure of another ends it.
+last_acts: list[Callable[[int], None]] = []
 
 
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> int:
@@ -102,6 +106,11 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
+def agreed(answer: bool) -> bool:
+    """The answer of process 0; all must ask at the same step."""
+    return bool(answer) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(answer))
+
+
 def total(n: int) -> int:
     """The sum of a small number over the processes, which must all ask at the same step."""
     return n if jax.process_count() == 1 else int(multihost_utils.process_allgather(n).sum())
@@ -142,6 +151,14 @@ def fail(status: int, reason: str) -> None:
     leave(process, status)
 
 
+def abort(status: int, reason: str) -> NoReturn:
+    """`fail` from any thread, alone or not."""
+    sys.stdout.flush()
+    fail(status, reason)
+    print(f"\n{reason}", file=sys.stderr, flush=True)
+    os._exit(status)
+
+
 def end_with_the_first() -> None:
     """In a thread: waits for a process to fail, and ends this one too."""
     process = coordination().process_id
@@ -150,6 +167,8 @@ def end_with_the_first() -> None:
     except jax.errors.JaxRuntimeError:
         return  # all ended well; or the coordinator is gone, of which the heartbeats tell
     if int(first) != process:
+        for act in last_acts:
+            act(int(status))
         sys.stdout.flush()
         print(f"\nprocess {process}: ended, since process {first} failed: {reason}", file=sys.stderr, flush=True)
         leave(process, int(status))

@@ -4,16 +4,17 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import ml_collections
 
-from sslx import checkpoint, config, evals, flops, optim, topology
-from sslx.config import Count, Natural, Seed, UserError
+from sslx import config, evals, flops, optim, topology, workdir
+from sslx.config import Count, Natural, Nonnegative, Only, Positive, Seed, UserError
 from sslx.data import Info, Source, pipeline
 from sslx.objectives import Objective
 from sslx.sharding import batch_shards, make_mesh
@@ -22,13 +23,30 @@ from sslx.state import TrainState
 SECTIONS = ("mesh", "model", "objective", "data", "optim", "run", "evals")
 
 
+Best = Annotated[str, Only(lambda text: re.fullmatch("(min|max):.+", text) is not None,
+                           "min:METRIC or max:METRIC, such as min:heldout/loss")]
+
+
 class Run(NamedTuple):
     """config.run. Intervals are in steps.
 
     accumulate: micro-batches per step; a contrastive loss sees the negatives of its micro-batch.
     overlap:    compiles with the options that let communication run beside computation (sslx/topology.py).
     log_every, eval_every, save_every: points, evaluations, checkpoints; the last step has all three.
-    keep:       newest checkpoints kept.
+    save_minutes: saves also when this time has passed, at the next point.
+    keep:       newest checkpoints kept. keep_every: those of its multiples stay as well; keep_best: and the one with
+                the best value of a metric, "min:heldout/loss" or "max:knn/accuracy"; evaluations then save.
+    on_bad_step: a loss or gradient that is not finite, or a spike: "stop" ends the run; "skip" leaves weights and
+                optimizer as they were; "rollback" goes on from the newest checkpoint and passes over the step's batch
+                and the one before.
+    spike:      a step is bad whose loss or gradient norm is so many standard deviations above the mean of the last
+                128 sound steps.
+    max_bad_steps: in 128 steps; more end the run.
+    on_collapse: features that `evals.collapse` finds collapsed are a warning, or end the run.
+    hang_s:     a step that takes longer ends the run with the stacks of all processes (0: never).
+    check_replicas_every, recompute_every: intervals of comparing the bits of weights between devices, and of computing
+                a step twice.
+    record_examples: writes which examples each step read to W/examples.
     """
 
     steps: Count
@@ -38,7 +56,18 @@ class Run(NamedTuple):
     log_every: Count = 20
     eval_every: Count = 500
     save_every: Count = 500
+    save_minutes: Positive | None = None
     keep: Count = 2
+    keep_every: Count | None = None
+    keep_best: Best | None = None
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    spike: Positive | None = None
+    max_bad_steps: Natural = 8
+    on_collapse: Literal["warn", "stop"] = "warn"
+    hang_s: Nonnegative = 1800.0
+    check_replicas_every: Count | None = None
+    recompute_every: Count | None = None
+    record_examples: bool = False
 
 
 class Data(NamedTuple):
@@ -132,7 +161,7 @@ def check_alike(trained: Info, judged: Info, split: str, mesh: jax.sharding.Mesh
 def record(experiment: Experiment, state: TrainState, counted: flops.Flops, peak: float | None) -> dict[str, Any]:
     """The first record of metrics.jsonl: what was run, on what, and what a step costs."""
     conf, run, data, mesh, source, *_ = experiment
-    text = json.dumps(checkpoint.flat(conf), sort_keys=True)
+    text = json.dumps(workdir.flat(conf), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     objective = conf["objective"]["name"]
     libraries = ("jax", "flax", "optax", "orbax-checkpoint", "grain")

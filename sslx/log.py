@@ -1,7 +1,8 @@
 """The log of a workdir: metrics.jsonl is the truth, TensorBoard and the progress bar are for looking at.
 
-metrics.jsonl holds one {"kind": "run", ...} record, then a {"kind": "point", ...} per log or evaluation. Its
-schema is the same for all objectives; notebooks, fits and reports read it and nothing else.
+metrics.jsonl holds one {"kind": "run", ...} record, then a {"kind": "point", ...} per log or evaluation, and an
+{"kind": "event", ...} for what happened to the run. Its schema is the same for all objectives; notebooks, fits and
+reports read it and nothing else.
 """
 
 import json
@@ -16,6 +17,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from sslx.config import UserError
+from sslx.workdir import write_atomically
 
 SCHEMA_VERSION = 1
 OBJECTS = ("config", "flops_per_example", "versions")  # fields of a run that are read as such
@@ -24,35 +26,50 @@ Record = dict[str, Any]
 
 
 class Logger:
-    """Writes one workdir's log, from one process (`show`); the others' loggers do nothing."""
+    """Writes one workdir's log, from one process (`show`); the others' loggers do nothing.
+
+    earlier: seconds of the run before it was resumed, by what they were spent on (`clock.Clock`).
+    """
 
     def __init__(self, workdir: pathlib.Path, run: Record, resume_step: int | None, total_steps: int, show: bool):
-        self.show, self.wall_s, self.shown_at = show, 0.0, -1
-        self.path = workdir / "metrics.jsonl"
+        self.show, self.earlier, self.shown_at = show, {}, -1
+        self.path, self.run = workdir / "metrics.jsonl", {"kind": "run", "schema_version": SCHEMA_VERSION, **run}
         if not show:
             return
-        record = {"kind": "run", "schema_version": SCHEMA_VERSION, **run}
+        self.bar = tqdm(total=total_steps, unit="step", file=sys.stdout, dynamic_ncols=True, smoothing=0.05,
+                        disable=not sys.stdout.isatty())
         if resume_step is None:
-            self.path.write_text("")
-            self.append(record)
+            write_atomically(self.path, line(self.run))
+            self.open_board(0)
         else:
-            self.resume(record, resume_step)
-        first = 0 if resume_step is None else resume_step + 1  # what TensorBoard shows from there on was dropped
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first)
-        self.bar = tqdm(total=total_steps, initial=resume_step or 0, unit="step", file=sys.stdout, dynamic_ncols=True,
-                        smoothing=0.05, disable=not sys.stdout.isatty())
+            self.earlier = self.rewind(resume_step, "resumed")
 
-    def resume(self, record: Record, step: int) -> None:
-        """Drops points after `step`, which will be written again; a machine that changed is a new run record."""
+    def open_board(self, step: int) -> None:
+        """TensorBoard from `step` on; what it shows of later ones was dropped."""
+        self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step)
+        self.bar.n = self.bar.initial = max(step - 1, 0)
+
+    def rewind(self, step: int, event: str, wall_s: float | None = None, **fields: Any) -> dict[str, float]:
+        """Drops points after `step`, which will be written again, and records the event. Returns the time spent so far.
+
+        What was spent since `step` is `lost`: up to now, when the run had `wall_s`, or as far as the log tells. A
+        machine that changed is a new run record.
+        """
         runs, points = read(self.path.parent)
+        happened = [e for e in events(self.path.parent) if e["step"] <= step or "lost_s" in e]
+        kept = [p for p in points if p["step"] <= step]
+        spent = kept[-1].get("spent", {"step": kept[-1].get("wall_s", 0.0)}) if kept else {}
+        spent |= {"lost": sum(e.get("lost_s", 0.0) for e in happened)}
+        now_s = max((p.get("wall_s", 0.0) for p in points), default=0.0) if wall_s is None else wall_s
+        lost_s = max(0.0, now_s - sum(spent.values()))
+        if step < self.bar.total:
+            happened.append({"kind": "event", "event": event, "step": step, "lost_s": lost_s, **fields})
         runs = [r for r in runs if r.get("resumed_from", 0) <= step]
-        points = [p for p in points if p["step"] <= step]
-        if not runs or identity(runs[-1]) != identity(strict(record)):
-            runs.append({**record, "resumed_from": step})
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line(r) for r in (*runs, *points)))
-        temporary.replace(self.path)
-        self.wall_s = max((p.get("wall_s", 0.0) for p in points), default=0.0)
+        if not runs or identity(runs[-1]) != identity(strict(self.run)):
+            runs.append({**self.run, "resumed_from": step})
+        write_atomically(self.path, "".join(line(r) for r in (*runs, *happened, *kept)))
+        self.open_board(step + 1)
+        return spent | {"lost": spent["lost"] + lost_s}
 
     def append(self, record: Record) -> None:
         with self.path.open("a") as file:
@@ -71,6 +88,12 @@ class Logger:
                 self.board.add_scalar(name, value, step)
         if split == "eval" and step:
             tqdm.write(f"step {step}: " + "  ".join(f"{k} {v:.4g}" for k, v in metrics.items()), file=sys.stdout)
+
+    def event(self, event: str, step: int, **fields: Any) -> None:
+        """Something that happened to the run, for the log and the person at the terminal."""
+        if self.show:
+            self.append({"kind": "event", "event": event, "step": step, **fields})
+            self.say(f"step {step}: {event}" + "".join(f", {name} {value}" for name, value in fields.items()))
 
     def progress(self, step: int, *, loss: float, tokens_per_s: float, mfu: float | None) -> None:
         """The bar on a terminal; elsewhere a line at every twentieth part of the run."""
@@ -93,6 +116,14 @@ class Logger:
         if self.show:
             self.bar.close()
             self.board.close()
+
+
+def record_examples(workdir: pathlib.Path, process: int, step: int, rows: list[int], index: list[int]) -> None:
+    """Adds to W/examples/<process>.jsonl which examples of the source a step read, at which rows of its batch."""
+    folder = workdir / "examples"
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{process}.jsonl").open("a") as file:
+        file.write(line({"step": step, "rows": rows, "index": index}))
 
 
 def identity(run: Record) -> Record:
@@ -120,20 +151,30 @@ def read(workdir: pathlib.Path | str) -> tuple[list[Record], list[Record]]:
 
     Raises UserError if there is no log, or a line within it is no record of a run.
     """
+    found = records(workdir)
+    return [r for r in found if r["kind"] == "run"], [r for r in found if r["kind"] == "point"]
+
+
+def events(workdir: pathlib.Path | str) -> list[Record]:
+    """What happened to a run: resumptions, bad steps, roll-backs, alarms. Raises UserError as `read` does."""
+    return [r for r in records(workdir) if r["kind"] == "event"]
+
+
+def records(workdir: pathlib.Path | str) -> list[Record]:
     path = pathlib.Path(workdir)
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.exists():
         raise UserError(f"{path} does not exist: {workdir} is no workdir of a run")
-    records = []
+    found = []
     lines = path.read_bytes().split(b"\n")
     for at, text in enumerate(lines, 1):
         try:
             if text:
-                records.append(parse(text))
+                found.append(parse(text))
         except (ValueError, RecursionError) as error:
             if at < len(lines):
                 raise UserError(f"{path} line {at} is no record of a run ({error}); remove the line") from error
-    return [r for r in records if r["kind"] == "run"], [r for r in records if r["kind"] == "point"]
+    return found
 
 
 def parse(text: bytes) -> Record:
@@ -145,9 +186,16 @@ def parse(text: bytes) -> Record:
             wrong += [k for k in ("resumed_from",) if not is_number(record.get(k, 0))]
         case {"kind": "point", "step": int(), "split": str(), "metrics": dict(metrics)}:
             wrong = [k for k, value in metrics.items() if value is not None and not is_number(value)]
-            wrong += [k for k in ("wall_s",) if not is_number(record.get(k, 0))]
+            spent = record.get("spent") or {}
+            times = {"wall_s": record.get("wall_s", 0), **spent} if isinstance(spent, dict) else {"spent": spent}
+            wrong += [k for k, value in times.items() if not is_number(value)]
+        case ({"kind": "event", "step": int(), "event": "resumed" | "collapsed"}
+              | {"kind": "event", "step": int(), "event": "skipped", "why": str()}
+              | {"kind": "event", "step": int(), "event": "rolled back", "why": str(), "bad_step": int(),
+                 "passed_over": [int(), int()]}):
+            wrong = [k for k in ("lost_s",) if not is_number(record.get(k, 0))]
         case _:
-            raise ValueError("it is no run, and no point with step, split and metrics")
+            raise ValueError("it is no run, no event, and no point with step, split and metrics")
     if wrong:
         raise ValueError(f"its {wrong[0]} is {str(record.get(wrong[0]))[:40]!r}")
     return record

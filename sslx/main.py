@@ -33,7 +33,9 @@ def main(arguments: list[str]) -> int:
 
     0    the last step is done.
     2    a mistake in the command line, the config, the data or the workdir, or a full disk.
-    3    the loss or its gradient is not finite.
+    3    the run diverged: a loss or gradient that is not finite or a spike, or collapsed features, as configured.
+    4    it hung: a step took longer than run.hang_s.
+    5    a device computed something else than it should have.
     130  stopped by Ctrl-C or SIGTERM, with the state saved; a second one stops at once, without saving (of several
          processes, where SIGTERM is a notice to all, a second Ctrl-C).
 
@@ -56,7 +58,7 @@ def main(arguments: list[str]) -> int:
         from sslx import train
 
         platforms.enable_compilation_cache()
-        finished = train.run(config, workdir)
+        finished = train.run(config, workdir, began)
         distributed.finish()
     except (Exception, KeyboardInterrupt) as error:
         status, reason = ending(error, workdir)

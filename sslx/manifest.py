@@ -36,9 +36,12 @@ def damage(folder: pathlib.Path) -> list[str]:
         return [f"{NAME}: other bytes than were saved"]
 
     def wrong(line: str) -> str | None:
-        crc, n_bytes, file = line.split(" ", 2)
+        crc, n_bytes, file = (*line.split(" ", 2), "", "")[:3]
+        path = folder / file
+        if not path.resolve().is_relative_to(folder.resolve()) or (path.exists() and not path.is_file()):
+            return f"{NAME}: {line!r} is no file of a checkpoint"
         try:
-            found_crc, found_bytes = checksum(folder / file).split()
+            found_crc, found_bytes = checksum(path).split()
         except OSError as error:
             return f"{file}: {error.strerror}"
         if found_bytes != n_bytes:
@@ -46,7 +49,7 @@ def damage(folder: pathlib.Path) -> list[str]:
         return None if found_crc == crc else f"{file}: other bytes than were saved"
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return [found for found in pool.map(wrong, lines.decode().splitlines()) if found]
+        return [found for found in pool.map(wrong, lines.decode(errors="replace").splitlines()) if found]
 
 
 def checksum(file: pathlib.Path) -> str:

@@ -24,12 +24,13 @@ from PIL import Image
 
 from sslx import log
 from sslx.config import UserError
+from sslx.workdir import write_atomically
 
 Record = Mapping[str, Any]
 XY = tuple[float, float]
 
 BASELINES = {"random_init": "random init", "raw": "raw input"}
-MONITORS = ("rankme", "feature_std")
+MONITORS = ("rankme", "feature_std", "collapsed")
 TILE, GAP = 96, 4  # pixels of one picture in a strip, and between two
 
 
@@ -49,18 +50,8 @@ def write(workdir: str | os.PathLike[str]) -> pathlib.Path:
                         " the file is cut off or is not from sslx; give the --workdir of a run")
     written = datetime.datetime.fromtimestamp(metrics.stat().st_mtime).astimezone()
     path = workdir / "report.html"
-    replace(path, page(runs, points, newest_samples(workdir), written))
+    write_atomically(path, page(runs, points, log.events(workdir), newest_samples(workdir), written))
     return path
-
-
-def replace(path: pathlib.Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-# ---- samples: what a person looks at
 
 
 def save_samples(workdir: str | os.PathLike[str], step: int, shown: Mapping[str, np.ndarray],
@@ -406,7 +397,7 @@ def data(value: object) -> Html:
 # ---- the page, from top to bottom
 
 
-def page(runs: Sequence[Record], points: Sequence[Record], samples: Samples | None,
+def page(runs: Sequence[Record], points: Sequence[Record], events: Sequence[Record], samples: Samples | None,
          written: datetime.datetime) -> str:
     run = runs[-1]
     title = f"{run.get('objective', 'run')} on {run.get('dataset', 'unnamed data')}"
@@ -417,13 +408,13 @@ def page(runs: Sequence[Record], points: Sequence[Record], samples: Samples | No
                tag("link", rel="icon", href="data:,"), tag("title", f"{title} · sslx"),
                tag("style", Html(STYLE)))
     body = tag("body", tag("main", join([
-        heading(title, runs, points, written), summary(run, points), sample_section(samples),
+        heading(title, runs, points, events, written), summary(run, points), sample_section(samples),
         section("Loss", loss_plots(points)),
         section("Evaluations", evaluation_plots(points)),
         section("Collapse monitors", monitor_plots(points)),
         section("Optimization and throughput", machine_plots(points)),
         section("Other training metrics", other_plots(points)),
-        compute(run), settings(run)])), tag("script", Html(SCRIPT)))
+        compute(run), time_spent(points), settings(run)])), tag("script", Html(SCRIPT)))
     return "<!doctype html>\n" + tag("html", head, "\n", body, lang="en") + "\n"
 
 
@@ -435,7 +426,8 @@ def section(title: str, figures: Iterable[Html]) -> Html:
     return tag("section", tag("h2", title), tag("div", join(figures), class_="plots"))
 
 
-def heading(title: str, runs: Sequence[Record], points: Sequence[Record], written: datetime.datetime) -> Html:
+def heading(title: str, runs: Sequence[Record], points: Sequence[Record], events: Sequence[Record],
+            written: datetime.datetime) -> Html:
     """Title, state of the run, and what was run on what for how much."""
     run, step = runs[-1], last_step(points)
     ids = {"run": run.get("run_id"), "config": run.get("config_hash"), "git": run.get("git_sha"),
@@ -444,7 +436,7 @@ def heading(title: str, runs: Sequence[Record], points: Sequence[Record], writte
                *(tag("span", f"{k} ", tag("code", v)) for k, v in ids.items() if v is not None), class_="ids")
     cells = [tag("div", tag("dt", k), tag("dd", v, note and tag("small", note)))
              for k, v, note in facts(run, points, step)]
-    remarks = [tag("li", r) for r in notes(runs, points, step)]
+    remarks = [tag("li", r) for r in notes(runs, points, events, step)]
     return tag("header", tag("h1", title), line, remarks and tag("ul", *remarks, class_="notes") or "",
                tag("dl", *cells, class_="facts"))
 
@@ -470,7 +462,7 @@ def facts(run: Record, points: Sequence[Record], step: int) -> list[tuple[str, s
     return device + [(name, text(value, 3), note) for name, value, text, note in found if finite(value)]
 
 
-def notes(runs: Sequence[Record], points: Sequence[Record], step: int) -> list[str]:
+def notes(runs: Sequence[Record], points: Sequence[Record], events: Sequence[Record], step: int) -> list[str]:
     """What a reader must know before believing a number."""
     total = runs[-1].get("total_steps")
     found = []
@@ -481,6 +473,16 @@ def notes(runs: Sequence[Record], points: Sequence[Record], step: int) -> list[s
         where = f" at step {whole(run['resumed_from'])}" if finite(run.get("resumed_from")) else ""
         change = f" with another {', '.join(changed)}; the last is shown" if changed else ""
         found.append(f"Resumed{where}{change}.")
+    skipped = [e for e in events if e["event"] == "skipped"]
+    if skipped:
+        found.append(f"Skipped {len(skipped)} bad steps, the last because {skipped[-1]['why']}.")
+    for event in events:
+        if event["event"] == "rolled back":
+            start, end = event["passed_over"]
+            found.append(f"Rolled back to step {whole(event['step'])}, since {event['why']};"
+                         f" the batches of steps {whole(start)} to {whole(end)} are not used.")
+        if event["event"] == "collapsed":
+            found.append(f"Features were collapsed at step {whole(event['step'])}.")
     broken = [p["step"] for p in points if "loss" in p["metrics"] and not finite(p["metrics"]["loss"])]
     if broken:
         found.append(f"The loss was not finite in {len(broken)} records, first at step {whole(min(broken))}.")
@@ -568,17 +570,32 @@ def other_plots(points: Sequence[Record]) -> list[Html]:
 
 def compute(run: Record) -> Html:
     """FLOPs of one example by component, largest first."""
-    parts = {k: v for k, v in (run.get("flops_per_example") or {}).items() if finite(v) and v > 0 and k != "total"}
+    parts = {k: v for k, v in (run.get("flops_per_example") or {}).items() if k != "total"}
+    return breakdown("FLOPs by component", ("component", "FLOPs per example"), parts, scientific,
+                     "Counted from the jaxpr", str(run.get("flops_convention", "")))
+
+
+def time_spent(points: Sequence[Record]) -> Html:
+    """Wall time by what it was spent on, largest first."""
+    spent = max(points, key=lambda p: p["step"], default={}).get("spent") or {}
+    return breakdown("Where the time went", ("spent on", "wall time"), spent, duration, "Of all processes of the run",
+                     "data: devices waited for a batch. save: what is not in the background. lost: done again after a"
+                     " resume or a roll-back.")
+
+
+def breakdown(title: str, columns: tuple[str, str], parts: Mapping[str, Any], text: Callable[[float, int], str],
+              caption: str, note: str) -> Html:
+    """A table of parts and their shares of the sum; nothing without parts."""
+    parts = {k: v for k, v in parts.items() if finite(v) and v > 0}
     if not parts:
         return Html()
     total = sum(parts.values())
     ordered = sorted(parts.items(), key=lambda item: -item[1])
-    rows = [[name, scientific(flops, 3), percent(flops / total),
-             tag("span", class_="bar", style=f"width:{100 * flops / total:.2f}%")] for name, flops in ordered]
-    rows.append(["sum", scientific(total, 3), percent(1), ""])
-    note = tag("p", str(run.get("flops_convention", "")), class_="note")
-    return tag("section", tag("h2", "FLOPs by component"),
-               tag("div", table(["component", "FLOPs per example", "share", ""], rows, "Counted from the jaxpr"), note,
+    rows = [[name, text(value, 3), percent(value / total),
+             tag("span", class_="bar", style=f"width:{100 * value / total:.2f}%")] for name, value in ordered]
+    rows.append(["sum", text(total, 3), percent(1), ""])
+    return tag("section", tag("h2", title),
+               tag("div", table([*columns, "share", ""], rows, caption), tag("p", note, class_="note"),
                    class_="card flops"))
 
 

@@ -7,18 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sslx import guards
 from sslx.objectives import Objective
 from sslx.optim import Optimizer
 
 
 class TrainState(NamedTuple):
-    """step: int32, steps done. tokens: uint32[2] (high, low), corpus units seen, exact beyond float32 and int32."""
+    """step: int32, steps done. tokens: uint32[2] (high, low), corpus units seen, exact beyond float32 and int32.
+
+    recent: losses and gradients of the newest sound steps (sslx/guards.py).
+    """
 
     step: jax.Array
     tokens: jax.Array
     params: Any
     aux: Any
     opt_state: Any
+    recent: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -26,7 +31,7 @@ def create(objective: Objective, optimizer: Optimizer, seed: int, batch) -> Trai
     """The state at step 0; traced under the mesh, every weight is born sharded."""
     params, aux = objective.init(jax.random.key(seed), batch)
     params, opt_state = optimizer.init(params)
-    return TrainState(jnp.int32(0), jnp.zeros(2, jnp.uint32), params, aux, opt_state)
+    return TrainState(jnp.int32(0), jnp.zeros(2, jnp.uint32), params, aux, opt_state, guards.no_history())
 
 
 def abstract(objective: Objective, optimizer: Optimizer, seed: int, batch) -> TrainState:

@@ -1,5 +1,6 @@
 """A damaged checkpoint is named and never restored: the run goes on from the newest sound one, to the same end."""
 
+import functools
 import pathlib
 import random
 import shutil
@@ -27,9 +28,9 @@ def extend(path):
     path.write_bytes(path.read_bytes() + b"\0")
 
 
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[random.Random(path.name).randrange(len(content))] ^= 1 << random.Random(path.name).randrange(8)
+def flip_a_bit(path, seed=0):
+    draw, content = random.Random(f"{path.name} {seed}"), bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
     path.write_bytes(content)
 
 
@@ -72,19 +73,26 @@ def test_every_step_is_complete_when_a_run_has_ended(finished, capsys):
     assert [*listed, manifest.NAME] == sorted(files(folder / "24"), key=lambda file: (file == manifest.NAME, file))
 
 
-def test_verify_names_the_damaged_file_whichever_it_is(workdir, capsys):
-    folder = workdir / "checkpoints" / "24"
+def test_every_damage_of_every_file_is_named_and_fallen_back_from(workdir, capsys):
+    """Also those that Orbax would restore without a word: flips within the values of parameters."""
+    folder, aside = workdir / "checkpoints" / "24", workdir / "damaged" / "24"
     names = files(folder)
-    assert len(names) > 10
-    for name in names:
+    flips = [functools.partial(flip_a_bit, seed=seed) for seed in range(-(-300 // len(names)))]
+    damages = [(name, damage) for name in names for damage in (delete, truncate, extend, *flips)]
+    assert len(names) > 10 and len(damages) > 300 + 3 * len(names) - 1
+    for name, damage in damages:
         whole = (folder / name).read_bytes()
-        for damage in DAMAGES:
-            damage(folder / name)
-            status, out = verify(workdir, capsys)
-            first, second, *found = out.splitlines()
-            assert (status, first, second) == (1, "step 16: sound", "step 24: damaged"), (name, damage)
-            assert len(found) == 1 and found[0].strip().startswith(f"{name}: "), (found, name, damage)
-            (folder / name).write_bytes(whole)
+        damage(folder / name)
+        assert whole != ((folder / name).read_bytes() if (folder / name).exists() else None)
+        status, out = verify(workdir, capsys)
+        first, second, *found = out.splitlines()
+        assert (status, first, second) == (1, "step 16: sound", "step 24: damaged"), (name, damage)
+        assert len(found) == 1 and found[0].strip().startswith(f"{name}: "), (found, name, damage)
+        checkpoint.repair(workdir)
+        assert f"step 24 is damaged and is not used: {name}: " in capsys.readouterr().out
+        assert [p.name for p in folder.parent.iterdir()] == ["16"]
+        aside.rename(folder)
+        (folder / name).write_bytes(whole)
     assert verify(workdir, capsys)[0] == 0
 
 

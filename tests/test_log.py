@@ -78,7 +78,8 @@ def test_json_is_strict(tmp_path):
 def test_resume_drops_what_came_after_the_checkpoint(tmp_path):
     write(logger(tmp_path), [1, 2, 3, 4])
     resumed = logger(tmp_path, resume_step=2)
-    assert resumed.wall_s == 2.0
+    assert resumed.earlier == {"step": 2.0, "lost": 2.0}
+    assert log.events(tmp_path) == [{"kind": "event", "event": "resumed", "step": 2, "lost_s": 2.0}]
     write(resumed, [3])
     assert steps(tmp_path) == [1, 2, 3]
     assert sum(r["kind"] == "run" for r in records(tmp_path)) == 1

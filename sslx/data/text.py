@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from sslx.config import UserError
+from sslx.config import UserError, redacted
 from sslx.data import Info, Source, corpus, tokenize
 from sslx.data.arrays import Arrays
 from sslx.data.corpus import Document
@@ -90,6 +90,9 @@ def make(
         of_document = [package(d.key) if labels == "package" else d.label for d in kept]
         classes = sorted(set(of_document), key=lambda c: (str(type(c)), c)) if labels == "field" else packages
         targets = [classes.index(c) for c in of_document]
+        if labels == "field" and 4 * length * len(kept) > MAX_BYTES:
+            raise UserError(f"config.data.length is {length}: {len(kept)} documents padded to it need more than"
+                            f" {MAX_BYTES} bytes; choose a smaller one")
         arrange = grouped if labels == "package" else padded
         tokens_WT, label_W = arrange(encoded, targets, length, pad)
         spread = np.unique(np.linspace(0, len(tokens_WT) - 1, min(limit or len(tokens_WT), len(tokens_WT)), dtype=int))
@@ -119,7 +122,8 @@ def readable(found: Iterable[Document], path: str, split: str, heldout: float, o
         elif corpus.in_split(document.key, split, heldout):
             kept.append(document)
     if passed_over:
-        log.warning("%s: skipped %d empty and %d bad documents%s", path, passed_over["empty"], passed_over["bad"],
+        log.warning("%s: skipped %d empty and %d bad documents%s", redacted(path), passed_over["empty"],
+                    passed_over["bad"],
                     f", the last: {last_bad}" if last_bad else "")
     if not kept:
         raise UserError(f"config.data.path {path!r} has no readable document in its split {split!r}"

@@ -4,17 +4,22 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from sslx.config import LARGEST_INT, Only
+from sslx.config import LARGEST_INT, Only, Positive
 from sslx.evals import Evaluation, Subject
 
 Rows = Annotated[int, Only(lambda n: 2 <= n <= LARGEST_INT, "an integer of at least 2")]
 
 
-def make(*, split: Literal["train", "test", "heldout"] = "test", rows: Rows = 25600) -> Evaluation:
-    """`rankme` and `feature_std` of the first `rows` features of a split; labels are not needed."""
+def make(*, split: Literal["train", "test", "heldout"] = "test", rows: Rows = 25600, min_rankme: Positive = 3.0,
+         min_feature_std: Positive = 0.1) -> Evaluation:
+    """`rankme` and `feature_std` of the first `rows` features of a split; labels are not needed.
+
+    `collapsed` is 1 if one of them is below its minimum, and else 0 (see run.on_collapse).
+    """
     def evaluate(subject: Subject) -> dict[str, float]:
         features_ND = subject.features(split)[0][:rows]
-        return {"rankme": rankme(features_ND), "feature_std": feature_std(features_ND)}
+        rank, std = rankme(features_ND), feature_std(features_ND)
+        return {"rankme": rank, "feature_std": std, "collapsed": float(rank < min_rankme or std < min_feature_std)}
 
     return Evaluation(evaluate, {split: 2})
 

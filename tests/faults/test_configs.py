@@ -78,6 +78,11 @@ attention = {"width!": count, "depth!": count, "heads!": count, "hidden?": count
 DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "mesh": dict.fromkeys(("data", "fsdp", "tensor", "context", "expert"), lambda v: v == -1 or count(v)),
     "run": {"steps!": count, "seed": whole(0, 2**32), "overlap": is_bool,
+            "save_minutes?": positive, "spike?": positive, "max_bad_steps": natural, "hang_s": nonnegative,
+            "on_bad_step": one_of("stop", "skip", "rollback"), "on_collapse": one_of("warn", "stop"),
+            "record_examples": is_bool,
+            "keep_best?": lambda v: is_str(v) and v[:4] in ("min:", "max:") and len(v) > 4 and "\n" not in v,
+            **dict.fromkeys(("keep_every?", "check_replicas_every?", "recompute_every?"), count),
             **dict.fromkeys(("accumulate", "log_every", "eval_every", "save_every", "keep"), count)},
     "data": {"batch_size!": count, "train!": is_section, "synthetic?": is_section, "shuffle": is_bool,
              "workers": natural, "on_bad": one_of("skip", "stop")},
@@ -122,7 +127,8 @@ DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "evals/heldout": {"batches": count, "source": is_section},
     "evals/probe": {"l2": every(positive), "select": part, "tolerance": positive, "max_iterations": count},
     "evals/knn": {"k": count, "chunk": count},
-    "evals/collapse": {"split": one_of("train", "test", "heldout"), "rows": whole(2)},
+    "evals/collapse": {"split": one_of("train", "test", "heldout"), "rows": whole(2), "min_rankme": positive,
+                       "min_feature_std": positive},
 }
 # Options of an evaluation stand in its file, `source` beside them; the rest is what sslx itself supplies.
 SUPPLIED = {"model", "info", "devices", "on_bad"}
@@ -384,9 +390,9 @@ FLAGS: list[tuple[str, str]] = [
     ("--config.run.keep=0", "config.run.keep"), ("--config.run.accumulate=two", "config.run.accumulate"),
     ("--config.model.experts={'n':", "config.model.experts"), ("--config.mesh=(1,2", "config.mesh"),
     ("--config.mesh.data=7", "mesh"), ("--config.data.train.name=no_such", "no_such"),
-    ("--config.model.width=64 --config.model.width=128", "config.model.width"),
-    ("--config.model.width=64 --config.model.width=64", "config.model.width"),
-    ("--workdir=elsewhere", "workdir"), ("--config=configs/moe_text.py", "--config"), ("--workdir", "workdir"),
+    ("--config.run.spike=0", "config.run.spike"), ("--config.run.keep_best=loss", "config.run.keep_best"),
+    ("--config.run.hang_s=-1", "config.run.hang_s"), ("--config.run.on_bad_step=retry", "config.run.on_bad_step"),
+    ("--workdir", "workdir"),
     ("--nosuch=3", "nosuch"), ("--noconfig", "noconfig"), ("stray", "stray"), ("-", "-"), ("--=3", "--=3"),
     ("--processes=two", "processes"), ("--processes=", "processes"), ("--process=1.5", "process"),
     ("--flagfile=/no/such/file", "/no/such/file"),

@@ -1,0 +1,187 @@
+"""The folder of a run: which config it belongs to, and who writes in it."""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from sslx import distributed
+from sslx.config import UserError
+
+# What may differ between a run and its resumption: it changes nothing of what is computed, or only what is done about
+# a bad step.
+FREE = ("mesh", "evals", "data.workers", "run.overlap", "run.log_every", "run.eval_every", "run.save_every",
+        "run.save_minutes", "run.keep", "run.keep_every", "run.keep_best", "run.on_bad_step", "run.spike",
+        "run.max_bad_steps", "run.on_collapse", "run.hang_s", "run.check_replicas_every", "run.recompute_every",
+        "run.record_examples")
+
+LOCK = "LOCK"
+BEAT_S = 2.0    # how often the owner of a lock says that it is alive
+STALE_S = 20.0  # after how long a silence it is taken for dead: a file server may be slow
+
+
+def claim(workdir: pathlib.Path, config: dict[str, Any], fingerprint: str) -> None:
+    """Binds a new workdir to its config and data, or checks that an old one belongs to them.
+
+    Process 0 binds it; the others find it bound, and so are told if their config or their folder is another. Raises
+    UserError with the differences if it holds a run of another config or of other data.
+    """
+    path, checkpoints = workdir / "config.json", workdir / "checkpoints"
+    mine = flat(config) | {"data fingerprint": fingerprint}
+    if jax.process_index() == 0 and not path.exists():
+        if checkpoints.exists() and any(checkpoints.iterdir()):
+            raise UserError(f"{checkpoints} holds checkpoints, and {path}, which says of what, is missing. Put it back,"
+                            " or use another --workdir")
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(mine, indent=2))
+    distributed.barrier("the workdir is bound")
+    if not path.exists():
+        raise UserError(f"process 0 has just written {path}, and here it does not exist: --workdir takes a folder that"
+                        " all processes share, such as one on NFS or a mounted bucket")
+    theirs = bound(path)
+    changed = {k: (theirs.get(k), mine.get(k)) for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k)}
+    changed = {k: v for k, v in changed.items() if not any(k == f or k.startswith(f + ".") for f in FREE)}
+    if changed:
+        lines = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
+        raise UserError(f"{workdir} holds a run of another config ({lines}). Use another --workdir, or the config"
+                        f" of that run ({path})")
+
+
+def bound(path: pathlib.Path) -> dict[str, Any]:
+    """The config in W/config.json, flat. Raises UserError if it is damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}). Put it back, or use another --workdir") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no object. Put it back, or use another --workdir")
+    return found
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested dicts, tuples as lists, as JSON would give them back."""
+    items: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            items |= flat(value, f"{prefix}{key}.")
+        else:
+            items[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return items
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Makes this process the only writer of `workdir` meanwhile; of several processes of a run, process 0.
+
+    W/LOCK holds host, process and time of the owner, who touches it every BEAT_S. A lock is taken over if its process
+    is known to be dead, or was not touched for STALE_S. Raises UserError if another run holds it.
+    """
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        path, mine = workdir / LOCK, owner()
+        while not created(path, mine):
+            take_over(path)
+        done = threading.Event()
+        threading.Thread(target=beat, args=(path, mine, done), daemon=True).start()
+    distributed.barrier("the workdir is locked")
+    try:
+        yield
+    finally:
+        if jax.process_index() == 0:
+            done.set()
+            if content(path) == mine:
+                path.unlink()
+
+
+def owner() -> str:
+    """Host, process, the time this began as the kernel counts it, and as people do."""
+    return f"{socket.gethostname()} {os.getpid()} {started(os.getpid())} {time.strftime('%Y-%m-%dT%H:%M:%S%z')}"
+
+
+def started(process: int) -> str:
+    """When a process of this machine began, in ticks of its kernel: numbers of processes come again. "" if it is none.
+
+    "?" where the kernel does not tell.
+    """
+    try:
+        # The name of the program, in parentheses, may hold anything.
+        return pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return "" if pathlib.Path("/proc/self/stat").exists() else "?"
+
+
+def created(path: pathlib.Path, text: str) -> bool:
+    """Whether `path` did not exist, and now holds `text`."""
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        return False
+    return True
+
+
+def content(path: pathlib.Path) -> str | None:
+    """What is in a file, None if there is none."""
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def take_over(path: pathlib.Path) -> None:
+    """Removes the lock of a dead owner, after a wait if it cannot be asked. Raises UserError if it lives."""
+    theirs, touched = content(path), modified(path)
+    if theirs is None:
+        return  # given back meanwhile
+    host, process, began, *_ = *theirs.split(" "), "", ""
+    if host == socket.gethostname() and process.isdigit():
+        alive = started(int(process)) == began
+    else:
+        print(f"{path} is of {described(theirs)}: waiting {STALE_S:.0f} s for a sign of life", flush=True)
+        end = time.monotonic() + STALE_S
+        while not (alive := modified(path) != touched) and time.monotonic() < end:
+            time.sleep(BEAT_S / 4)
+    if content(path) != theirs:
+        return
+    if alive:
+        age = max(0.0, time.time() - modified(path))
+        raise UserError(f"another run writes in {path.parent}: {described(theirs)}, alive {age:.0f} s ago ({path})."
+                        " Stop it, or use another --workdir")
+    path.unlink(missing_ok=True)
+
+
+def described(lock: str) -> str:
+    host, process, _, began, *_ = *(lock or "nobody").split(" "), "?", "?", "?"
+    return f"process {process} on {host}, begun {began}"
+
+
+def modified(path: pathlib.Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def beat(path: pathlib.Path, mine: str, done: threading.Event) -> None:
+    """In a thread: touches the lock until `done`. If it became another's (this process slept too long), it ends."""
+    while not done.wait(BEAT_S):
+        if content(path) != mine:
+            if not done.is_set():
+                distributed.abort(UserError.status, f"error: {path} is no longer of this run: another one began to"
+                                  " write here while this one did not answer. It goes on; this one ends")
+            return
+        os.utime(path)
