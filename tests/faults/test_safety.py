@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from test_formats import FORMATS, formats, survives
+from test_formats import FORMATS, survives
 
 import sslx
 from sslx.config import UserError
@@ -108,7 +108,7 @@ def test_a_bomb_goes_off_where_it_is_unpickled(tmp_path):
 FOLDERS = {(write, read): name for name, (write, _, read) in FORMATS.items()}  # of several formats, some
 
 
-@pytest.mark.parametrize("name", formats(FOLDERS.values()))
+@pytest.mark.parametrize("name", FOLDERS.values())
 def test_no_bomb_in_a_folder_goes_off(name, tmp_path):
     """In place of each of its files in turn."""
     write, _, read = FORMATS[name]
