@@ -20,14 +20,28 @@ set -m  # a process group for each: Ctrl-C comes here, and the processes get one
 pids=() stopping=
 trap 'stopping=yes; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 
+grace_s=20  # from the end of the first process to that of the last
+
+alive() {  # how many processes of the run there are
+    local pid count=0
+    for pid in "${pids[@]}"; do if kill -0 "$pid" 2>/dev/null; then ((++count)); fi; done
+    echo "$count"
+}
+
+pause() { sleep 0.2 & wait $! || true; }  # in the background, where Ctrl-C does not end it in place of this script
+
 run() {  # starts the processes and waits for all; the status is 2 or 3 if any ended so, or that of another failure
-    local port status=0 ended process pid
+    local port status=0 ended process pid waited
     port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     pids=()
     for ((process = 0; process < n; process++)); do
         $dry "$python" -m sslx.main "$@" --coordinator="127.0.0.1:$port" --processes="$n" --process="$process" &
         pids+=($!)
     done
+    # Those that are left end by themselves, except one that still waits for a process that never came.
+    while (($(alive) == n)); do pause; done
+    for ((waited = 0; waited < 5 * grace_s && $(alive) > 0; waited++)); do pause; done
+    kill -KILL "${pids[@]}" 2>/dev/null || true
     for pid in "${pids[@]}"; do
         ended=0; wait "$pid" || ended=$?
         while kill -0 "$pid" 2>/dev/null; do ended=0; wait "$pid" || ended=$?; done  # a trapped signal ends a wait

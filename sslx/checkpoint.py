@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 from sslx import distributed, manifest
 from sslx.config import UserError, nearest
 from sslx.state import TrainState
-from sslx.workdir import locked, write_atomically
+from sslx.workdir import content, locked, write_atomically
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNSEALED = "UNSEALED"  # holds the step that is being saved
@@ -172,8 +172,7 @@ def kept(steps: list[int], keep: int, keep_every: int | None, best: str, scores:
 
 def unsealed(folder: pathlib.Path) -> int | None:
     """The step whose saving has not ended: it goes on in another process, or was cut off."""
-    path = folder / UNSEALED
-    step = path.read_text() if path.exists() else ""
+    step = content(folder / UNSEALED) or ""
     return int(step) if step.isdigit() and not (folder / step / manifest.NAME).exists() else None
 
 

@@ -17,9 +17,11 @@ from sslx.config import UserError
 
 # Machines of a pod start, and come back after a preemption, minutes apart.
 START_S = 600
-# A thread of C++ sends the heartbeats, and neither compiling nor reading data holds it up: half a minute of
-# silence is a dead machine or network. (Processes that fail in any other way say so at once, see `fail`.)
-HEARTBEAT_S = 30
+# A thread of C++ sends a heartbeat twice in this time, and neither compiling nor reading data holds it up: such a
+# silence is a dead machine or network, and the others have ended within 20 s. (Processes that fail in any other way
+# say so at once, see `fail`. A broken connection also tells of a dead coordinator and, in collectives on CPU, of any
+# dead process; but not in a collective of accelerators, nor in the barriers of a save.)
+HEARTBEAT_S = 15
 # At the end all wait for process 0, which writes the report.
 END_S = 600
 # How long a process that failed stays, and the coordinator once more, so that the others hear why and not just that a

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     """Parses flags, sets the platform up, trains. Returns the exit status:
 
     0    the last step is done.
-    2    a mistake in the command line, the config, the data or the workdir, or a full disk.
+    2    a mistake in the command line, the config, the data or the workdir; a disk that is full or has gone away.
     3    the run diverged: a loss or gradient that is not finite or a spike, or collapsed features, as configured.
     4    it hung: a step took longer than run.hang_s.
     5    a device computed something else than it should have.

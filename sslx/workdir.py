@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import socket
 import threading
 import time
@@ -22,7 +23,9 @@ FREE = ("mesh", "evals", "data.workers", "run.overlap", "run.log_every", "run.ev
         "run.max_bad_steps", "run.on_collapse", "run.hang_s", "run.check_replicas_every", "run.recompute_every",
         "run.record_examples")
 
+TEMPORARY = re.compile(r"\..+\.\d+")  # of `write_atomically`
 LOCK = "LOCK"
+VANISHED = "is gone: the workdir was removed, moved or unmounted. Put it back, then run the same command again"
 BEAT_S = 2.0    # how often the owner of a lock says that it is alive
 STALE_S = 20.0  # after how long a silence it is taken for dead: a file server may be slow
 
@@ -77,7 +80,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all. What a kill leaves of it goes when the workdir is locked again."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
@@ -88,18 +91,26 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Makes this process the only writer of `workdir` meanwhile; of several processes of a run, process 0.
 
     W/LOCK holds host, process and time of the owner, who touches it every BEAT_S. A lock is taken over if its process
-    is known to be dead, or was not touched for STALE_S. Raises UserError if another run holds it.
+    is known to be dead, or was not touched for STALE_S. Raises UserError if another run holds it, and for whatever
+    fails when the folder has vanished.
     """
+    path, mine = workdir / LOCK, owner()
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        path, mine = workdir / LOCK, owner()
         while not created(path, mine):
             take_over(path)
+        for leftover in (*workdir.glob(".*"), *workdir.glob("checkpoints/.*")):
+            if TEMPORARY.fullmatch(leftover.name):
+                leftover.unlink()
         done = threading.Event()
         threading.Thread(target=beat, args=(path, mine, done), daemon=True).start()
     distributed.barrier("the workdir is locked")
     try:
         yield
+    except Exception as error:
+        if isinstance(error, UserError) or path.exists():
+            raise
+        raise UserError(f"{path} {VANISHED}") from error
     finally:
         if jax.process_index() == 0:
             done.set()
@@ -177,11 +188,21 @@ def modified(path: pathlib.Path) -> float:
 
 
 def beat(path: pathlib.Path, mine: str, done: threading.Event) -> None:
-    """In a thread: touches the lock until `done`. If it became another's (this process slept too long), it ends."""
+    """In a thread: touches the lock until `done`. Ends the run if it cannot, or if the lock became another's."""
+    touched = time.monotonic()
     while not done.wait(BEAT_S):
-        if content(path) != mine:
-            if not done.is_set():
-                distributed.abort(UserError.status, f"error: {path} is no longer of this run: another one began to"
-                                  " write here while this one did not answer. It goes on; this one ends")
-            return
-        os.utime(path)
+        try:
+            theirs = content(path)
+            if theirs == mine:
+                os.utime(path)
+                touched = time.monotonic()
+                continue
+            lost = (VANISHED if theirs is None else "is no longer of this run: another one began to write here while"
+                    " this one did not answer. It goes on; this one ends")
+        except OSError as error:
+            if time.monotonic() - touched < STALE_S:  # a file server may come back
+                continue
+            lost = f"cannot be touched ({error.strerror}), and another run may take {path.parent} over: this one ends"
+        if not done.is_set():
+            distributed.abort(UserError.status, f"error: {path} {lost}")
+        return

@@ -3,14 +3,17 @@
 import os
 import pathlib
 import resource
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
+# Quick rather than fast programs: nearly all of a test's time is compilation.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def start(cache: pathlib.Path, *flags: object, devices: int = 1, file_bytes: int | None = None,
@@ -21,7 +24,7 @@ def start(cache: pathlib.Path, *flags: object, devices: int = 1, file_bytes: int
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
     } | dict(variables or {})
 
@@ -44,6 +47,15 @@ def start_all(cache: pathlib.Path, n: int, *flags: object, devices: int = 2) -> 
     port = free_port()
     return [start(cache, *flags, f"--coordinator=127.0.0.1:{port}", f"--processes={n}", f"--process={i}",
                   devices=devices) for i in range(n)]
+
+
+def end_all(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """`end` of each process of one run; all must end by themselves."""
+    try:
+        return [end(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def end(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -74,3 +86,11 @@ def get_config():
     return config
 """)
     return path
+
+
+def kill(cache: pathlib.Path, line: Iterable[object], workdir: pathlib.Path, condition: Callable[[], bool]) -> None:
+    """Starts a run and sends it SIGKILL as soon as `condition` holds."""
+    process = start(cache, *line, "--workdir", workdir)
+    wait(process, condition)
+    process.kill()
+    assert end(process)[0] == -signal.SIGKILL

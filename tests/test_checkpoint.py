@@ -7,7 +7,8 @@ import shutil
 
 import command
 import pytest
-from test_resume import STEPS, assert_identical
+from runs import assert_identical
+from test_resume import STEPS
 
 from sslx import checkpoint, manifest
 from sslx.config import UserError

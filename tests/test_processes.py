@@ -3,14 +3,11 @@
 import os
 import signal
 import subprocess
-import sys
 
 import command
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from test_resume import newest_checkpoint, newest_step, points
+from runs import assert_identical, newest_checkpoint, newest_step, points, saved_state
 
 from sslx import distributed
 from sslx.config import UserError
@@ -24,24 +21,6 @@ LAUNCH = command.ROOT / "launch"
 def config(folder, name):
     """A config's debug variant without the probe, which takes longer than all the rest and runs on one device."""
     return command.variant(folder, name, "config.evals.probe = None")
-
-
-def start_under_slurm(cache, n, *flags):
-    """Starts n processes with what srun sets for each, and no flag that tells them of each other."""
-    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(n),
-           "JAX_COORDINATOR_PORT": str(command.free_port())}
-    return [command.start(cache, *flags, devices=2, variables=job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
-            for i in range(n)]
-
-
-def saved_state(workdir) -> dict[str, np.ndarray]:
-    """The state of the last step, whatever devices it was saved from."""
-    folder = workdir / "checkpoints" / str(STEPS) / "default"
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-                             checkpointer.metadata(folder).item_metadata.tree)
-        state = checkpointer.restore(folder, restore_args=whole)
-    return {jax.tree_util.keystr(k): np.asarray(x) for k, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def assert_close(one, other, tolerance):
@@ -62,30 +41,14 @@ def assert_close(one, other, tolerance):
         np.testing.assert_allclose(x, others[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-def assert_identical(one, other):
-    """The same log and the same final state, to the bit."""
-    assert points(one) == points(other)
-    state, others = saved_state(one), saved_state(other)
-    assert {k: x.tobytes() for k, x in state.items()} == {k: x.tobytes() for k, x in others.items()}
-
-
-def finish(processes) -> list[tuple[int, str, str]]:
-    """(exit status, stdout, stderr) of each; all must end by themselves."""
-    try:
-        return [command.end(process) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def killed_and_resumed(cache, line, workdir, n):
     """Kills the last process after the first checkpoint; the others end; the same command ends the run."""
     processes = command.start_all(cache, n, *line, "--workdir", workdir)
     command.wait(processes[0], lambda: newest_checkpoint(workdir) and newest_step(workdir) >= 5)
     processes[-1].send_signal(signal.SIGKILL)
-    statuses = [status for status, _, _ in finish(processes)]
+    statuses = [status for status, _, _ in command.end_all(processes)]
     assert statuses[-1] == -signal.SIGKILL and not {0, 2, 3, 130} & set(statuses[:-1])  # a launcher starts it again
-    for status, out, err in finish(command.start_all(cache, n, *line, "--workdir", workdir)):
+    for status, out, err in command.end_all(command.start_all(cache, n, *line, "--workdir", workdir)):
         assert status == 0, err
         assert ("resumed at step" in out) == ("finished after" in out)  # both from process 0 alone
 
@@ -106,27 +69,12 @@ def test_two_processes_end_like_one(cache, resumed, tmp_path):
     assert_close(workdir, tmp_path, 1e-5)
 
 
-def test_sigterm_to_one_process_stops_all_at_one_step(cache, resumed, tmp_path):
-    """Under SLURM. The state is saved, and the same command ends identically with the run that was killed."""
-    line, expected = resumed
-    processes = start_under_slurm(cache, 2, *line, "--workdir", tmp_path)
-    command.wait(processes[0], lambda: newest_step(tmp_path) >= 1)
-    processes[1].send_signal(signal.SIGTERM)
-    (status, out, _), (other_status, other_out, err) = finish(processes)
-    assert (status, other_status) == (130, 130), err
-    stopped = newest_checkpoint(tmp_path)
-    assert 1 < stopped < STEPS and f"stopped at step {stopped} of {STEPS}" in out
-    assert "stopped" not in other_out and "Traceback" not in err
-    assert [status for status, _, _ in finish(start_under_slurm(cache, 2, *line, "--workdir", tmp_path))] == [0, 0]
-    assert_identical(tmp_path, expected)
-
-
 def test_process_that_fails_ends_the_others_with_its_status(cache, resumed):
     line, workdir = resumed
     port = command.free_port()
     processes = [command.start(cache, *line, "--workdir", workdir, f"--coordinator=127.0.0.1:{port}", "--processes=2",
                                f"--process={i}", f"--config.optim.clip={i + 1.0}", devices=2) for i in range(2)]
-    (status, _, err), (other_status, _, other_err) = finish(processes)
+    (status, _, err), (other_status, _, other_err) = command.end_all(processes)
     assert (status, other_status) == (2, 2)
     assert "process 0: ended, since process 1 failed: error: " in err and "optim.clip was 1.0, now 2.0" in err
     assert "\nprocess 1: error: " in other_err and "Traceback" not in err + other_err
@@ -148,25 +96,10 @@ def test_processes_end_like_one(name, n, tolerance, cache, tmp_path):
 def test_two_devices_are_identical_in_one_process_and_in_two(cache, tmp_path):
     """A sum of two does not depend on who adds; one of more does, hence the tolerances above."""
     line = ["--config", config(tmp_path, "quickstart"), *SHORT]
-    ended = finish(command.start_all(cache, 2, *line, "--workdir", tmp_path / "two", devices=1))
+    ended = command.end_all(command.start_all(cache, 2, *line, "--workdir", tmp_path / "two", devices=1))
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert command.run(cache, *line, "--workdir", tmp_path / "one", devices=2)[0] == 0
     assert_identical(tmp_path / "two", tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_local_sh_starts_again_what_was_stopped(cache, tmp_path):
-    """Two processes; one gets SIGTERM, all save, the script starts them again, and they end."""
-    line = ["2", "1", "--config", config(tmp_path, "quickstart"), *SHORT, "--workdir", tmp_path / "w"]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": "", "PYTHON": sys.executable}
-    script = subprocess.Popen([LAUNCH / "local.sh", *map(str, line)], cwd=command.ROOT, env=environment, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    command.wait(script, lambda: newest_step(tmp_path / "w") >= 1)
-    children = subprocess.run(["pgrep", "-P", str(script.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGTERM)
-    status, out, err = command.end(script)
-    assert status == 0, err
-    assert "ended with status 130, restart 1 of 3" in err and "resumed at step" in out and "finished after" in out
 
 
 GCLOUD = """#!/usr/bin/env bash

@@ -6,10 +6,10 @@ import signal
 import command
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from runs import assert_identical, newest_checkpoint, newest_step, points
 
-from sslx import log, manifest
+from sslx import log
 from sslx.data import Info, Source, pipeline
 from sslx.data.arrays import Arrays
 from sslx.sharding import batch_sharding, make_mesh
@@ -39,55 +39,12 @@ def uninterrupted(cache, tmp_path_factory):
     return whole
 
 
-def points(workdir) -> dict:
-    """{(step, split): what a run computes} of a log that has each point once."""
-    found = log.read(workdir)[1]
-    computed = {(p["step"], p["split"]): {k: p.get(k) for k in ("metrics", "tokens_seen", "lr", "epochs", "examples",
-                                                                "flops_model", "bad_records", "phase")} for p in found}
-    assert len(computed) == len(found)
-    return computed
-
-
-def newest_checkpoint(workdir) -> int:
-    """The step of the newest complete checkpoint, 0 if there is none."""
-    sealed = (path.parent.name for path in (workdir / "checkpoints").glob(f"*/{manifest.NAME}"))
-    return max((int(name) for name in sealed if name.isdigit()), default=0)
-
-
-def newest_step(workdir) -> int:
-    path = workdir / "metrics.jsonl"
-    return max((p["step"] for p in log.read(workdir)[1] if p["split"] == "train"), default=0) if path.exists() else 0
-
-
-def saved_state(workdir) -> dict[str, np.ndarray]:
-    with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(workdir / "checkpoints" / str(STEPS) / "default")
-    return {jax.tree_util.keystr(k): np.asarray(x) for k, x in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def assert_identical(one, other):
-    """The same log and, to the bit, the same final state: parameters, aux, optimizer."""
-    assert points(one) == points(other)
-    state, expected = saved_state(one), saved_state(other)
-    assert state.keys() == expected.keys() and len(state) > 10
-    for name, x in state.items():
-        assert x.dtype == expected[name].dtype and x.tobytes() == expected[name].tobytes(), name
-
-
-def kill(cache, line, workdir, condition):
-    """Starts a run and sends it SIGKILL as soon as `condition` holds."""
-    process = command.start(cache, *line, "--workdir", workdir)
-    command.wait(process, condition)
-    process.kill()
-    assert command.end(process)[0] == -signal.SIGKILL
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_killed_run_ends_identically(name, cache, uninterrupted, tmp_path):
     """kill -9 at a random step after the first checkpoint; then again the same command; then once more."""
     line, whole = uninterrupted(name)
     step = random.Random(name).randrange(6, STEPS - 4)
-    kill(cache, line, tmp_path, lambda: newest_checkpoint(tmp_path) and newest_step(tmp_path) >= step)
+    command.kill(cache, line, tmp_path, lambda: newest_checkpoint(tmp_path) and newest_step(tmp_path) >= step)
     status, out, err = command.run(cache, *line, "--workdir", tmp_path)
     assert status == 0 and "resumed at step" in out, err
     assert_identical(tmp_path, whole)
@@ -128,7 +85,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(cache, uninterrupted, tmp_path):
 def test_resume_on_other_devices(cache, uninterrupted, tmp_path):
     """Killed on one device, resumed on four: the same losses to 1e-5, in float32, of the same examples."""
     line, whole = uninterrupted("quickstart")
-    kill(cache, line, tmp_path, lambda: newest_checkpoint(tmp_path))
+    command.kill(cache, line, tmp_path, lambda: newest_checkpoint(tmp_path))
     status, out, err = command.run(cache, *line, "--workdir", tmp_path, devices=4)
     assert status == 0 and "'data': 4" in out, err
     found, expected = points(tmp_path), points(whole)

@@ -5,7 +5,7 @@ import json
 import command
 import numpy as np
 import pytest
-from test_resume import newest_step, points, saved_state
+from runs import newest_step, points, saved_state
 
 from sslx import log
 

@@ -5,7 +5,7 @@ import time
 
 import command
 import pytest
-from test_resume import newest_step
+from runs import newest_step
 
 LIMIT_S = 6
 SHORT = ("--config.run.log_every=1", f"--config.run.hang_s={LIMIT_S}", "--config.model.dtype=float32")

@@ -11,7 +11,7 @@ import time
 
 import command
 import pytest
-from test_resume import kill, newest_checkpoint, newest_step
+from runs import newest_checkpoint, newest_step
 
 from sslx import checkpoint, log, workdir
 from sslx.clock import KINDS
@@ -129,7 +129,7 @@ def test_time_is_accounted_for_over_a_kill(cache, tmp_path):
     line = ["--config", f"{command.CONFIGS / 'quickstart.py'}:debug", "--config.run.log_every=1",
             "--config.run.save_every=8"]
     began = time.monotonic()
-    kill(cache, line, tmp_path, lambda: newest_step(tmp_path) >= 14)
+    command.kill(cache, line, tmp_path, lambda: newest_step(tmp_path) >= 14)
     killed_s = time.monotonic() - began
     dead = log.read(tmp_path)[1][-1]
     assert dead["spent"]["lost"] == 0 and sum(dead["spent"].values()) == pytest.approx(dead["wall_s"], abs=0.2)
