@@ -39,17 +39,22 @@ class Subject:
                  loss: Callable[[HostBatch, int], dict[str, jax.Array]] | None,
                  splits: Mapping[str, Source], batch_size: int, on_bad: pipeline.OnBad = "skip"):
         self.encode, self.loss, self.splits, self.batch_size, self.on_bad = encode, loss, splits, batch_size, on_bad
-        self.computed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.computed: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
 
-    def features(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Features float32 [N, D] of all readable examples of a split, and labels int [N] (-1 for none)."""
-        if split not in self.computed:
+    def features(self, split: str, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Features float32 [N, D] of the readable ones of a split's examples, and labels int [N] (-1 for none).
+
+        rows: of the first ones only.
+        """
+        source = self.split(split)
+        n = min(rows or len(source.examples), len(source.examples))
+        if (split, n) not in self.computed:
             features, labels = [], []
-            for batch, counts in batches(self.split(split), self.batch_size, self.on_bad):
+            for batch, counts in batches(source, self.batch_size, self.on_bad, n):
                 features.append(self.encode(inputs(batch))[counts])
                 labels.append(batch["label"][counts] if "label" in batch else np.full(counts.sum(), -1))
-            self.computed[split] = np.concatenate(features), np.concatenate(labels).astype(np.int64)
-        return self.computed[split]
+            self.computed[split, n] = np.concatenate(features), np.concatenate(labels).astype(np.int64)
+        return self.computed[split, n]
 
     def split(self, name: str) -> Source:
         """The source of a split. Raises UserError if the config has none."""
@@ -179,16 +184,16 @@ def single(device: jax.Device) -> jax.sharding.Mesh:
 
 
 def batches(source: Source, batch_size: int, on_bad: pipeline.OnBad,
-            limit: int | None = None) -> Iterator[tuple[HostBatch, np.ndarray]]:
-    """(batch, counts bool [B]) in the order of the source, the last batch filled with the first examples.
+            rows: int) -> Iterator[tuple[HostBatch, np.ndarray]]:
+    """(batch, counts bool [B]) of the first `rows` examples, the last batch filled with others.
 
     `counts` is False for what fills the last batch and for what stands in for a bad record.
     """
-    stream, total = pipeline.stream(source, seed=0, shuffle=False, on_bad=on_bad), len(source.examples)
-    for first in range(0, total, batch_size)[:limit]:
+    stream = pipeline.stream(source, seed=0, shuffle=False, on_bad=on_bad)
+    for first in range(0, rows, batch_size):
         places_B = np.arange(first, first + batch_size)
         batch = stream.rows(places_B)
-        yield batch, (places_B < total) & (batch["skipped"] == 0)
+        yield batch, (places_B < rows) & (batch["skipped"] == 0)
 
 
 def inputs(batch: HostBatch) -> HostBatch:

@@ -43,7 +43,7 @@ def full_batches(subject: Subject, limit: int) -> Iterator[HostBatch]:
     if n < batch_size:
         raise UserError(f"the held-out source {source.info.name} has {n} examples, fewer than one batch of"
                         f" evals.batch_size={batch_size}; lower evals.batch_size or give it more examples")
-    for batch, _ in evals.batches(source, batch_size, subject.on_bad, min(limit, n // batch_size)):
+    for batch, _ in evals.batches(source, batch_size, subject.on_bad, min(limit, n // batch_size) * batch_size):
         yield evals.inputs(batch)
 
 

@@ -37,9 +37,10 @@ def blobs(seed, n, noise=2.0, classes=4, dims=12):
 
 
 def of_features(**splits):
-    subject = Subject(lambda batch: batch["x"], None, {}, 8)
-    subject.computed = splits
-    return subject
+    """A subject whose features are given: {split: (x [N, D], labels [N])}."""
+    sources = {name: Source(Examples(dict(x=x, label=y) for x, y in zip(*split, strict=True)), Info(name, "image", "f"))
+               for name, split in splits.items()}
+    return Subject(lambda batch: batch["x"], None, sources, 8)
 
 
 def images(n, seed=0, bad=()):

@@ -1,11 +1,10 @@
 """A step that goes wrong in a real run: it ends, leaves the step out, or goes back, as the config says."""
 
-import json
 
 import command
 import numpy as np
 import pytest
-from runs import newest_step, points, saved_state
+from runs import assert_identical, examples, newest_step, points, saved_state
 
 from sslx import log
 
@@ -43,15 +42,6 @@ def poisoned(folder, kind, steps=(BAD,)):
     return command.variant(folder, "quickstart", text.strip())
 
 
-def read_examples(workdir):
-    """{step: indices of its batch}; a step that was read again must have read the same."""
-    found = {}
-    for line in (workdir / "examples" / "0.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        assert found.setdefault(record["step"], record["index"]) == record["index"]
-    return found
-
-
 @pytest.fixture(scope="module")
 def sound(cache, tmp_path_factory):
     """The workdir of a run in which nothing goes wrong."""
@@ -70,7 +60,7 @@ def test_the_run_ends_finite_without_the_bad_step(kind, action, cache, sound, tm
     assert status == 0, err
     for name, x in saved_state(tmp_path / "w").items():
         assert "recent" in name or np.isfinite(x).all(), name
-    assert read_examples(tmp_path / "w") == read_examples(sound)  # what is passed over is still read: nothing moves
+    assert examples(tmp_path / "w") == examples(sound)  # what is passed over is still read: nothing moves
 
     event, = [e for e in log.events(tmp_path / "w") if e["event"] != "resumed"]
     found, expected = points(tmp_path / "w"), points(sound)
@@ -97,15 +87,10 @@ def test_a_run_that_rolled_back_is_killed_and_ends_identically(cache, tmp_path):
     """What is passed over survives the process that found it out."""
     line = ["--config", poisoned(tmp_path, "nan", (12,)), *FLAGS, "--config.run.on_bad_step=rollback"]
     assert command.run(cache, *line, "--workdir", tmp_path / "whole")[0] == 0
-    process = command.start(cache, *line, "--workdir", tmp_path / "killed")
-    command.wait(process, lambda: newest_step(tmp_path / "killed") >= 14)
-    process.kill()
-    command.end(process)
+    command.kill(cache, line, tmp_path / "killed", lambda: newest_step(tmp_path / "killed") >= 14)
     status, out, _ = command.run(cache, *line, "--workdir", tmp_path / "killed")
     assert status == 0 and "rolled back" not in out.split("resumed at step")[1]
-    assert points(tmp_path / "killed") == points(tmp_path / "whole")
-    state, expected = saved_state(tmp_path / "killed"), saved_state(tmp_path / "whole")
-    assert {k: x.tobytes() for k, x in state.items()} == {k: x.tobytes() for k, x in expected.items()}
+    assert_identical(tmp_path / "killed", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("action", "steps", "words"), [
@@ -156,7 +141,8 @@ def test_a_step_computed_twice_finds_a_device_that_computes_wrong(every, cache, 
 
 def test_collapsed_features_raise_an_alarm_or_end_the_run(cache, tmp_path):
     """The alarm is set so high that any features sound it."""
-    edit = "config.evals = dict(heldout=config.evals.heldout, collapse=dict(split='heldout', min_rankme=1e6))"
+    edit = ("config.evals = dict(heldout=config.evals.heldout, batch_size=32,"
+            " collapse=dict(split='heldout', rows=64, min_rankme=1e6))")
     config = command.variant(tmp_path, "quickstart", edit)
     for action, expected in (("warn", 0), ("stop", 3)):
         workdir = tmp_path / action
