@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from sslx.config import UserError
-from sslx.data import BadRecord, arrayrecord, pipeline, prepare, spam_assassin, tokenize
+from sslx.data import BadRecord, arrayrecord, gcide, pipeline, prepare, spam_assassin, tokenize
 from sslx.data.windows import documents
 
 EOD = 256
@@ -405,6 +405,19 @@ def test_mails_become_labelled_text(tmp_path):
     (tmp_path / "mails.tgz").write_bytes(b"x")
     with pytest.raises(UserError, match="npm pack"):
         list(spam_assassin.mails(str(tmp_path / "mails.tgz")))
+
+
+def test_dictionary(tmp_path):
+    path, body = tmp_path / "gcide.dict.dz", "   To heat,\n   and cool.\n\n   2. To" + " temper" * 2400
+    entries = ("00-info\n   A licence.", f"Anneal \\An*neal\"\\, v. t.\n{body}", "Bat \\Bat\\\n")
+    path.write_bytes(gzip.compress("\n\n".join(entries).encode()))
+    first, second = gcide.documents(str(path))
+    assert first["text"].startswith('Anneal \\An*neal"\\, v. t. To heat, and cool.\n2. To temper temper')
+    assert second["text"] == "Bat \\Bat\\\n\n"
+    for wrong in (b"x", gzip.compress(b"no entry\n\n"), path.read_bytes()[:-9]):
+        path.write_bytes(wrong)
+        with pytest.raises(UserError, match="dict-gcide"):
+            list(gcide.documents(str(path)))
 
 
 # --- all

@@ -24,7 +24,7 @@ from PIL import Image
 
 from sslx import log, manifest, report, workdir
 from sslx.config import UserError
-from sslx.data import BadRecord, arrayrecord, idx, pipeline, pixels, prepare, spam_assassin, tokenize, tokens
+from sslx.data import BadRecord, arrayrecord, gcide, idx, pipeline, pixels, prepare, spam_assassin, tokenize, tokens
 
 FUZZ = settings(derandomize=True, database=None, max_examples=50, deadline=datetime.timedelta(seconds=5),
                 suppress_health_check=list(HealthCheck))
@@ -178,6 +178,11 @@ def write_mails(folder):
             archive.addfile(member, io.BytesIO(content))
 
 
+def write_dictionary(folder):
+    entries = "".join(f"Word{i} \\Word{i}\\, n.\n   A word.\n\n" for i in range(50))
+    (folder / "gcide.dict.dz").write_bytes(gzip.compress(entries.encode()))
+
+
 def read_tokens(folder):
     tokens.damage(folder / "out")
     for split in ("train", "heldout"):
@@ -218,6 +223,7 @@ FORMATS = {
     "sample": (write_log, "samples/3/views.png", read_log),
     "checkpoint manifest": (write_checkpoint, manifest.NAME, manifest.damage),
     "config.json": (write_workdir, "config.json", write_workdir),
+    "dictionary": (write_dictionary, "gcide.dict.dz", lambda f: list(gcide.documents(str(f / "gcide.dict.dz")))),
     "mails": (write_mails, "mails.tgz", lambda f: list(spam_assassin.mails(str(f / "mails.tgz")))),
 }
 JSON = ("info.json", "jsonl", "jsonl to prepare", "tokenizer", "manifest.json", "tokenizer.json", "plan.json",

@@ -1,0 +1,64 @@
+"""English prose: the Collaborative International Dictionary of English of the Debian package dict-gcide to JSONL.
+
+    apt-get install dict-gcide
+    python -m sslx.data.gcide /usr/share/dictd/gcide.dict.dz prose.jsonl
+
+34 MB under the GPL, quotations and definitions, one paragraph a line. A document is {"text": entries of about 16 kB}
+in the order of the alphabet, so that what is held out has few neighbours of its kind in what is trained on.
+"""
+
+import argparse
+import gzip
+import json
+import pathlib
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+
+from sslx.config import UserError
+from sslx.data.bounded import up_to
+
+MAX_BYTES = 1 << 27  # the dictionary has 40 MB
+DOCUMENT_BYTES = 1 << 14
+
+
+def documents(dictionary: str) -> Iterator[dict[str, str]]:
+    """{"text"} of all entries after the licence. Raises UserError for a file that is damaged, or no dictionary."""
+    try:
+        with gzip.open(dictionary) as file:
+            content = up_to(MAX_BYTES + 1, file)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{dictionary} cannot be read ({type(error).__name__}: {error}): it is gcide.dict.dz of the"
+                        " Debian package dict-gcide") from error
+    # An entry begins in the first column after an empty line, with its headword once more between backslashes.
+    entries = [e for e in re.split(r"\n\n(?=\S)", content.decode(errors="replace")) if re.match(r"[^\n\\]+\\", e)]
+    if len(content) > MAX_BYTES or not entries:
+        raise UserError(f"{dictionary} holds no dictionary of at most {MAX_BYTES} bytes: it is gcide.dict.dz of the"
+                        " Debian package dict-gcide")
+    text = ""
+    for entry in entries:
+        text += "\n".join(" ".join(paragraph.split()) for paragraph in entry.split("\n\n")) + "\n\n"
+        if len(text) >= DOCUMENT_BYTES:
+            yield {"text": text}
+            text = ""
+    if text:
+        yield {"text": text}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m sslx.data.gcide", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dictionary", help="gcide.dict.dz")
+    parser.add_argument("out", help="the JSONL file to write")
+    options = parser.parse_args(argv)
+    lines = [json.dumps(document) + "\n" for document in documents(options.dictionary)]
+    pathlib.Path(options.out).write_text("".join(lines))
+    print(f"{options.out}: {len(lines)} documents")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
