@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterable, Mapping
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
-# Quick rather than fast programs: nearly all of a test's time is compilation.
+# Quick rather than fast programs, where nearly all of the time is compilation.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def start(cache: pathlib.Path, *flags: object, devices: int = 1, file_bytes: int | None = None,
+def start(cache: pathlib.Path, *flags: object, devices: int = 1, quick: bool = False, file_bytes: int | None = None,
           variables: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Starts the command on `devices` simulated devices, compiled programs being kept in `cache`.
 
+    quick:      compiled so, as the processes of `start_all` are: runs that must be identical have it in common.
     file_bytes: no file may grow beyond it, which to the writer looks like a full disk.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK if quick else ''}",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
     } | dict(variables or {})
 
@@ -46,7 +47,7 @@ def start_all(cache: pathlib.Path, n: int, *flags: object, devices: int = 2) -> 
     """Starts the `n` processes of one run, with `devices` simulated devices each."""
     port = free_port()
     return [start(cache, *flags, f"--coordinator=127.0.0.1:{port}", f"--processes={n}", f"--process={i}",
-                  devices=devices) for i in range(n)]
+                  devices=devices, quick=True) for i in range(n)]
 
 
 def end_all(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:

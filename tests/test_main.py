@@ -11,6 +11,7 @@ import command
 import numpy as np
 import pytest
 from PIL import Image
+from runs import newest_step
 
 from sslx import log
 
@@ -142,7 +143,7 @@ def test_image_that_cannot_be_decoded(cache, tmp_path):
     expected = bad_records(tmp_path / "whole")
     assert expected[24] == 8  # two of 48 in each of four passes
     process = command.start(cache, *command_line, "--workdir", tmp_path / "cut", "--config.run.log_every=1")
-    command.wait(process, lambda: steps_logged(tmp_path / "cut") >= 7)
+    command.wait(process, lambda: newest_step(tmp_path / "cut") >= 7)
     process.send_signal(signal.SIGINT)
     assert command.end(process)[0] == 130
     assert command.run(cache, *command_line, "--workdir", tmp_path / "cut")[0] == 0
@@ -152,13 +153,6 @@ def test_image_that_cannot_be_decoded(cache, tmp_path):
     status, _, err = command.run(cache, *command_line, "--workdir", tmp_path / "stop", "--config.data.on_bad=stop")
     assert status == 2 and "Traceback" not in err
     assert "a bad record" in paragraph(err) and ".png" in paragraph(err) and "on_bad='skip'" in paragraph(err)
-
-
-def steps_logged(workdir) -> int:
-    """The newest training step in the log, 0 if there is none yet."""
-    if not (workdir / "metrics.jsonl").exists():
-        return 0
-    return max((p["step"] for p in log.read(workdir)[1] if p["split"] == "train"), default=0)
 
 
 def test_workdir_of_another_config(cache, tmp_path):

@@ -64,7 +64,7 @@ def resumed(cache, tmp_path_factory):
 
 def test_two_processes_end_like_one(cache, resumed, tmp_path):
     line, workdir = resumed
-    status, _, err = command.run(cache, *line, "--workdir", tmp_path, devices=4)
+    status, _, err = command.run(cache, *line, "--workdir", tmp_path, devices=4, quick=True)
     assert status == 0, err
     assert_close(workdir, tmp_path, 1e-5)
 
@@ -88,7 +88,7 @@ def test_process_that_fails_ends_the_others_with_its_status(cache, resumed):
 def test_processes_end_like_one(name, n, tolerance, cache, tmp_path):
     line = ["--config", config(tmp_path, name), *SHORT]
     killed_and_resumed(cache, line, tmp_path / "several", n)
-    assert command.run(cache, *line, "--workdir", tmp_path / "one", devices=2 * n)[0] == 0
+    assert command.run(cache, *line, "--workdir", tmp_path / "one", devices=2 * n, quick=True)[0] == 0
     assert_close(tmp_path / "several", tmp_path / "one", tolerance)
 
 
@@ -98,7 +98,7 @@ def test_two_devices_are_identical_in_one_process_and_in_two(cache, tmp_path):
     line = ["--config", config(tmp_path, "quickstart"), *SHORT]
     ended = command.end_all(command.start_all(cache, 2, *line, "--workdir", tmp_path / "two", devices=1))
     assert [status for status, _, _ in ended] == [0, 0], ended
-    assert command.run(cache, *line, "--workdir", tmp_path / "one", devices=2)[0] == 0
+    assert command.run(cache, *line, "--workdir", tmp_path / "one", devices=2, quick=True)[0] == 0
     assert_identical(tmp_path / "two", tmp_path / "one")
 
 

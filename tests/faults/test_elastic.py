@@ -20,7 +20,7 @@ FSDP = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
 def test_chain(source, mesh, cache, tmp_path):
     """Each link takes ten steps or more and is then told to stop; the unbroken run is one process with one device."""
     line = ("--config", runs.config(tmp_path, source), *runs.with_steps(STEPS, STEPS))
-    status, _, err = command.run(cache, *line, "--workdir", tmp_path / "whole")
+    status, _, err = command.run(cache, *line, "--workdir", tmp_path / "whole", quick=True)
     assert status == 0, err
     workdir, begins = tmp_path / "w", [0]
     for n, devices, workers in CHAIN:

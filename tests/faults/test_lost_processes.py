@@ -20,7 +20,7 @@ def start_under_slurm(cache, n, *flags):
     """Starts n processes with what srun sets for each, and no flag that tells them of each other."""
     job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(n),
            "JAX_COORDINATOR_PORT": str(command.free_port())}
-    return [command.start(cache, *flags, variables=job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
+    return [command.start(cache, *flags, quick=True, variables=job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
             for i in range(n)]
 
 
