@@ -27,8 +27,15 @@ from sslx.checkpoint import UNSEALED, unsealed
 
 MOMENTS = ("start-up", "step", "save", "seal")  # seal: of a checkpoint all is there but its manifest
 VICTIMS = {"coordinator": (0,), "worker": (1,), "both": (0, 1)}
-SAVE_EVERY = 3
+SAVE_EVERY = 8
 SAVE_S = 0.4     # about as long as a save takes
+# Steps of a tenth of a second, without which it would save all the time.
+UNHURRIED = """
+    import time
+    from sslx import log
+    point = log.Logger.point
+    log.Logger.point = lambda *logger, **record: (time.sleep(0.1), point(*logger, **record))[1]
+"""
 ENDED_S = 20.0   # in which the processes that are left must end by themselves
 LAUNCHER_S = 2.0  # after which those are ended that wait for one that never came
 RESTARTED = {1, -6, -9}  # the statuses that may be: a failure, JAX's abort, our kill; each is one to start again on
@@ -68,8 +75,8 @@ class Whole(NamedTuple):
 
 def whole(cache: pathlib.Path, folder: pathlib.Path, source: str, kills: int) -> Whole:
     """Runs two processes on `source` in folder/whole, long enough for so many kills."""
-    steps, workdir = max(24, 2 * kills), folder / "whole"
-    line = ("--config", runs.config(folder, source), *runs.with_steps(steps, SAVE_EVERY))
+    steps, workdir = 6 * kills, folder / "whole"
+    line = ("--config", runs.config(folder, source, UNHURRIED.strip()), *runs.with_steps(steps, SAVE_EVERY))
     return Whole(line, steps, workdir, to_the_end(cache, line, workdir))
 
 
@@ -109,6 +116,8 @@ def killed(cache: pathlib.Path, line: tuple, workdir: pathlib.Path, kill: Kill, 
         command.wait(processes[0], lambda: steps() or time.monotonic() - started > kill.part * start_up_s)
     else:
         command.wait(processes[0], lambda: steps() > 2 * SAVE_EVERY * kill.part)
+    if kill.moment == "step":
+        command.wait(processes[0], lambda: not mark.exists())
     if kill.moment == "save":
         command.wait(processes[0], mark.exists)
         time.sleep(kill.part * SAVE_S)

@@ -3,7 +3,6 @@
 import signal
 
 import command
-import numpy as np
 import pytest
 import runs
 
@@ -42,8 +41,12 @@ def test_chain(source, mesh, cache, tmp_path):
     assert len(read) == STEPS and all(sorted(rows) == list(range(8)) for rows in read.values())
     found, expected = runs.points(workdir), runs.points(tmp_path / "whole")
     assert found.keys() == expected.keys()
+    apart = {}
     for key, point in found.items():
         metrics, others = point.pop("metrics"), expected[key].pop("metrics")
         assert point == expected[key] and metrics.keys() == others.keys()
         for name in (name for name in metrics if name.split("@")[0].endswith("loss")):
-            np.testing.assert_allclose(metrics[name], others[name], rtol=1e-5, err_msg=f"{key} {name}")
+            apart[*key, name] = abs(metrics[name] / others[name] - 1)
+    step, split, name = max(apart, key=apart.__getitem__)
+    print(f"losses lie {max(apart.values()):.1e} apart, {split} {name} at step {step}")
+    assert max(apart.values()) <= 1e-5
