@@ -36,6 +36,8 @@ class Run(NamedTuple):
     save_minutes: saves also when this time has passed, at the next point.
     keep:       newest checkpoints kept. keep_every: those of its multiples stay as well; keep_best: and the one with
                 the best value of a metric, "min:heldout/loss" or "max:knn/accuracy"; evaluations then save.
+    keep_at:    steps that are saved and stay, for branches.
+    trunk, trunk_step: the run branches from this step of the run in the workdir `trunk` (sslx/branches.py).
     on_bad_step: a loss or gradient that is not finite, or a spike: "stop" ends the run; "skip" leaves weights and
                 optimizer as they were; "rollback" goes on from the newest checkpoint and passes over the step's batch
                 and the one before.
@@ -60,6 +62,9 @@ class Run(NamedTuple):
     keep: Count = 2
     keep_every: Count | None = None
     keep_best: Best | None = None
+    keep_at: tuple[Count, ...] = ()
+    trunk: str | None = None
+    trunk_step: Count | None = None
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     spike: Positive | None = None
     max_bad_steps: Natural = 8
@@ -164,6 +169,7 @@ def record(experiment: Experiment, state: TrainState, counted: flops.Flops, peak
     text = json.dumps(workdir.flat(conf), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     objective = conf["objective"]["name"]
+    branched = {} if run.trunk is None else {"branched_from": {"workdir": run.trunk, "step": run.trunk_step}}
     libraries = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
     return dict(
         run_id=f"{objective}-{digest}-{run.seed}",
@@ -184,6 +190,7 @@ def record(experiment: Experiment, state: TrainState, counted: flops.Flops, peak
         device_count=mesh.size,
         peak_flops=peak,
         versions={"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in libraries},
+        **branched,
     )
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,10 +29,13 @@ Record = dict[str, Any]
 class Logger:
     """Writes one workdir's log, from one process (`show`); the others' loggers do nothing.
 
+    A run that is not resumed, at `resume_step`, begins with the `history` of its trunk, if it is a branch.
+
     earlier: seconds of the run before it was resumed, by what they were spent on (`clock.Clock`).
     """
 
-    def __init__(self, workdir: pathlib.Path, run: Record, resume_step: int | None, total_steps: int, show: bool):
+    def __init__(self, workdir: pathlib.Path, run: Record, resume_step: int | None, total_steps: int, show: bool,
+                 history: Sequence[Record] = ()):
         self.show, self.earlier, self.shown_at = show, {}, -1
         self.path, self.run = workdir / "metrics.jsonl", {"kind": "run", "schema_version": SCHEMA_VERSION, **run}
         if not show:
@@ -39,10 +43,13 @@ class Logger:
         self.bar = tqdm(total=total_steps, unit="step", file=sys.stdout, dynamic_ncols=True, smoothing=0.05,
                         disable=not sys.stdout.isatty())
         if resume_step is None:
-            write_atomically(self.path, line(self.run))
-            self.open_board(0)
-        else:
+            write_atomically(self.path, "".join(map(line, (self.run, *history))))
+        if resume_step is not None:
             self.earlier = self.rewind(resume_step, "resumed")
+        elif history:
+            self.earlier = self.rewind(run["branched_from"]["step"], "branched")
+        else:
+            self.open_board(0)
 
     def open_board(self, step: int) -> None:
         """TensorBoard from `step` on; what it shows of later ones was dropped."""
@@ -189,7 +196,7 @@ def parse(text: bytes) -> Record:
             spent = record.get("spent") or {}
             times = {"wall_s": record.get("wall_s", 0), **spent} if isinstance(spent, dict) else {"spent": spent}
             wrong += [k for k, value in times.items() if not is_number(value)]
-        case ({"kind": "event", "step": int(), "event": "resumed" | "collapsed"}
+        case ({"kind": "event", "step": int(), "event": "resumed" | "branched" | "collapsed"}
               | {"kind": "event", "step": int(), "event": "skipped", "why": str()}
               | {"kind": "event", "step": int(), "event": "rolled back", "why": str(), "bad_step": int(),
                  "passed_over": [int(), int()]}):

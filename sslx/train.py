@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from sslx import distributed, experiment, flops, guards, log, report, state, workdir
+from sslx import branches, checkpoint, distributed, experiment, flops, guards, log, report, state, workdir
 from sslx.checkpoint import Checkpoints
 from sslx.clock import Clock, Interrupt
 from sslx.data import pipeline
@@ -129,30 +129,41 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
                                  workers=data.workers)
         return (({name: x for name, x in batch.items() if name != "label"}, host) for batch, host in found)
 
+    trunk = branches.trunk_of(options)
+    if trunk and not checkpoint.steps(folder / "checkpoints"):
+        branches.check(trunk, conf, source.info.fingerprint)
     example = next(batches(0, 1))[0]
     unborn = state.abstract(objective, optimizer, options.seed, example)
     counted = count_flops(objective, unborn, example)
     # Only a config whose networks and loss can be traced lays claim to the workdir.
     with workdir.locked(folder):
         workdir.claim(folder, conf, source.info.fingerprint)
-        checkpoints = Checkpoints(folder, options.keep, options.keep_every, options.keep_best)
+        checkpoints = Checkpoints(folder, options.keep, options.keep_every, options.keep_best, options.keep_at)
+        origin = trunk.step if trunk else 0
 
         def restored(saved: int | None) -> tuple[TrainState, int]:
             """(state, bad records passed over): each process counts those of its rows, process 0 on top of earlier."""
-            if saved is None:
-                return state.create(objective, optimizer, options.seed, example), 0
-            return checkpoints.restore(saved, unborn), 0 if process else checkpoints.bad_records(saved)
+            if saved is not None:
+                current, bad = checkpoints.restore(saved, unborn), checkpoints.bad_records(saved)
+            elif trunk:
+                current, bad = trunk.restore(unborn)
+            else:
+                current, bad = state.create(objective, optimizer, options.seed, example), 0
+            return current, 0 if process else bad
 
         resumed = checkpoints.latest()
         current, bad_records = restored(resumed)
-        step = start = resumed or 0
-        met = guards.Met([] if resumed is None else log.events(folder), start, options.max_bad_steps)
+        step = start = origin if resumed is None else resumed
+        history = trunk.history() if trunk and resumed is None else []
+        events = [r for r in history if r["kind"] == "event"] if resumed is None else log.events(folder)
+        met = guards.Met(events, start, options.max_bad_steps)
         peak = flops.peak_flops(jax.devices()[0], conf["model"].get("dtype", "bfloat16"))
         record = experiment.record(built, current, counted, peak)
-        logger = log.Logger(folder, record, resumed, options.steps, process == 0)
+        logger = log.Logger(folder, record, resumed, options.steps, process == 0, history)
         logger.say(f"{record['objective']} on {source.info.name}: {record['n_params']:,} parameters,"
                    f" {counted.model_total:.3g} FLOPs a step, mesh {dict(mesh.shape)}"
-                   + ("" if resumed is None else f", resumed at step {start}"))
+                   + (f", resumed at step {start}" if resumed is not None else
+                      f", branched from {trunk.workdir} at step {start}" if trunk else ""))
         if options.overlap and not built.compiler_options:
             logger.say(f"run.overlap: no options are known that would change anything on {mesh.size} x"
                        f" {record['device']}")
@@ -225,7 +236,7 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
         def roll_back(bad: guards.BadStep) -> tuple[int, TrainState, int]:
             """(step, state, bad records) of the newest sound checkpoint."""
             saved = checkpoints.newest_sound()
-            to = saved or 0
+            to = origin if saved is None else saved
             over = met.pass_over(bad.step, to)
             if logger.show:
                 clock.rewind(logger.rewind(to, "rolled back", clock.wall(), why=bad.why, bad_step=bad.step,
@@ -280,7 +291,7 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
                         pending = measured
                         stop = interrupted.stops_after(step) or step == options.steps
                         judge = step == options.steps or step % options.eval_every == 0
-                        keep = (stop or step % options.save_every == 0 or due(step)
+                        keep = (stop or step % options.save_every == 0 or step in options.keep_at or due(step)
                                 or (judge and options.keep_best is not None))
                         if pending and (keep or judge):  # only when the metrics of the very step are known to be sound
                             read(*pending)
