@@ -33,6 +33,7 @@ class Run(NamedTuple):
     accumulate: micro-batches per step; a contrastive loss sees the negatives of its micro-batch.
     overlap:    compiles with the options that let communication run beside computation (sslx/topology.py).
     log_every, eval_every, save_every: points, evaluations, checkpoints; the last step has all three.
+    eval_first: an evaluation of the random weights, the baselines `@random_init`.
     save_minutes: saves also when this time has passed, at the next point.
     keep:       newest checkpoints kept. keep_every: those of its multiples stay as well; keep_best: and the one with
                 the best value of a metric, "min:heldout/loss" or "max:knn/accuracy"; evaluations then save.
@@ -57,6 +58,7 @@ class Run(NamedTuple):
     overlap: bool = False
     log_every: Count = 20
     eval_every: Count = 500
+    eval_first: bool = True
     save_every: Count = 500
     save_minutes: Positive | None = None
     keep: Count = 2
@@ -111,8 +113,11 @@ class Experiment(NamedTuple):
         return topology.overlap(self.mesh.devices.flat) if self.run.overlap else {}
 
 
-def build(conf: ml_collections.ConfigDict, devices: list | None = None) -> Experiment:
-    """Reads every section of a config. Raises UserError for whatever cannot work."""
+def build(conf: ml_collections.ConfigDict, devices: list | None = None, source: Source | None = None) -> Experiment:
+    """Reads every section of a config. Raises UserError for whatever cannot work.
+
+    source: of config.data.train, where it is open already.
+    """
     sections = config.plain(conf)
     for key in sections:
         if key not in SECTIONS:
@@ -130,7 +135,7 @@ def build(conf: ml_collections.ConfigDict, devices: list | None = None) -> Exper
                         f" choose a multiple of {rows}")
     optimizer = config.call(optim.make, sections["optim"], "config.optim")
     model = config.build("models", sections["model"], "config.model")
-    source = pipeline.source(data.train, "config.data.train", data.on_bad)
+    source = pipeline.source(data.train, "config.data.train", data.on_bad) if source is None else source
     if data.synthetic is not None:
         config.call(config.load("data", "synthetic"), data.synthetic, "config.data.synthetic")
 

@@ -260,7 +260,7 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
         with contextlib.ExitStack() as closing:
             for close in (watchdog.close, interrupted.restore, logger.close, checkpoints.close):
                 closing.callback(close)
-            if start == 0:
+            if start == 0 and options.eval_first:
                 evaluate(0)
             clock.charge("start_up")
             watchdog.feed("compiling the step", SLACK_S)

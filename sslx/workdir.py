@@ -18,10 +18,10 @@ from sslx.config import UserError
 
 # What may differ between a run and its resumption: it changes nothing of what is computed (a branch computes what a run
 # without a trunk does), or only what is done about a bad step.
-FREE = ("mesh", "evals", "data.workers", "run.overlap", "run.log_every", "run.eval_every", "run.save_every",
-        "run.save_minutes", "run.keep", "run.keep_every", "run.keep_best", "run.keep_at", "run.trunk", "run.trunk_step",
-        "run.on_bad_step", "run.spike", "run.max_bad_steps", "run.on_collapse", "run.hang_s",
-        "run.check_replicas_every", "run.recompute_every", "run.record_examples")
+FREE = ("mesh", "evals", "data.workers", "run.overlap", "run.log_every", "run.eval_every", "run.eval_first",
+        "run.save_every", "run.save_minutes", "run.keep", "run.keep_every", "run.keep_best", "run.keep_at",
+        "run.trunk", "run.trunk_step", "run.on_bad_step", "run.spike", "run.max_bad_steps", "run.on_collapse",
+        "run.hang_s", "run.check_replicas_every", "run.recompute_every", "run.record_examples")
 
 TEMPORARY = re.compile(r"\..+\.\d+")  # of `write_atomically`
 LOCK = "LOCK"
