@@ -162,7 +162,7 @@ def grid_of(flags: Mapping[str, Any], study: Study, given: set[str], out: pathli
         raise UserError(f"--{other} says nothing of --grid={kind}, which takes --{wanted}")
     if kind == "isoflop" and not flags[wanted]:
         raise UserError("--budgets is missing: it takes FLOPs, such as --budgets=1e12,3e12,1e13")
-    targets = {f"{n:g}".replace("e+", "e"): n for n in numbers(flags[wanted] or "20", f"--{wanted}")}
+    targets = {re.sub(r"e\+0*", "e", f"{n:g}"): n for n in numbers(flags[wanted] or "20", f"--{wanted}")}
     targets = {f"{label}tpp": n for label, n in targets.items()} if kind == "ladder" else targets
     seeds = [int(x) for x in numbers(flags["seeds"] or "0", "--seeds", least=0)]
     text = study.source.info.modality == "text"  # of which Step Law is
@@ -449,8 +449,7 @@ def run(conf: ml_collections.ConfigDict, flags: Mapping[str, Any], named: str, g
         return 0
     if not flags["yes"] and not agreed():
         return 0
-    failed, stopped = jobs.all_of([todo[p.name] for p in sorted(left, key=lambda p: p.flops)], at_once,
-                                  lambda text: print(text, flush=True))
+    failed, stopped = jobs.all_of([todo[p.name] for p in left], at_once, lambda text: print(text, flush=True))
     for name, why in failed.items():
         print(f"failed: {name}: {why}", file=sys.stderr)
     if stopped:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import runs
 
-from sslx import flops, log, manifest
+from sslx import log, manifest
 from sslx.scaling import jobs, steplaw, sweep
 
-FLAGS = ("--sizes=16x1,32x1", "--budgets=3e8,6e8", "--learning-rate=3e-3", "--batch-size=8", "--rate=1e9")
+FLAGS = ("--sizes=16x1", "--budgets=1e9,2e9", "--learning-rate=3e-3", "--batch-size=8", "--rate=1e9")
 
 
 @pytest.fixture(scope="module")
@@ -45,70 +45,56 @@ def planned(config, out, *flags: str) -> dict[str, sweep.Planned]:
     return {p.name: p for p in sweep.planned(study, grid)}
 
 
-def test_a_sweep_that_is_killed_loses_and_repeats_no_run(cache, config, tmp_path):
-    """kill -9 of the sweep and its child while the second trunk trains; then the same command, then once more."""
-    out = tmp_path / "runs"
-    flags = ("--branches", "--yes")
+def test_a_sweep_that_is_killed_loses_and_repeats_no_run(cache, config, tmp_path, capsys):
+    """kill -9 of the sweep and its child while the branch trains; then the same command, then once more."""
+    out, flags = tmp_path / "runs", ("--branches", "--yes")
     process = start(cache, config, out, *flags)
-    second = out / "16x1_6e8_s0"
-    command.wait(process, lambda: second.exists() and runs.newest_checkpoint(second) > 0)
-    child = int((second / "LOCK").read_text().split()[1])
+    trunk, branch = out / "16x1_2e9_s0", out / "16x1_1e9_s0"
+    command.wait(process, lambda: runs.newest_checkpoint(branch) > 0)
+    child = int((branch / "LOCK").read_text().split()[1])
     process.kill()
     os.kill(child, signal.SIGKILL)
     process.communicate()
     done = logged(out)
-    assert not (out / "16x1_3e8_s0").exists() and "32x1_6e8_s0" in done
 
-    process = start(cache, config, out, *flags)
-    said, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and "all 4 runs are finished" in said, said + err
-    names = {"16x1_6e8_s0", "16x1_3e8_s0", "32x1_6e8_s0", "32x1_3e8_s0"}
+    status, said, err = command.end(start(cache, config, out, *flags))
+    assert status == 0 and "all 2 runs are finished" in said, said + err
     found = logged(out)
-    assert found.keys() == names and found["32x1_6e8_s0"] == done["32x1_6e8_s0"]
-    assert [e["event"] for e in log.events(second)] == ["resumed"]
-
+    assert found.keys() == {trunk.name, branch.name} and found[trunk.name] == done[trunk.name]
+    assert {e["event"] for e in log.events(branch)} == {"branched", "resumed"}
     plan = planned(config, out, *FLAGS, *flags)
     for name, p in plan.items():
         points = runs.points(out / name)
         last = points[p.steps, "eval"]
         assert last["phase"] == "annealed" and np.isfinite(last["metrics"]["heldout/loss"])
         assert last["tokens_seen"] == p.steps * p.cost.tokens and last["flops_model"] == p.steps * p.cost.flops
-        assert abs(last["flops_model"] / float(name.split("_")[1]) - 1) < 0.5 * p.cost.flops / 3e8
+        assert abs(last["flops_model"] - float(name.split("_")[1])) <= p.cost.flops / 2
         assert [step for step, split in points if split == "eval"] == [p.steps]
         assert log.read(out / name)[0][-1]["n_params_nonembedding"] == p.cost.n
-    assert [name for name in plan if "branched" in [e["event"] for e in log.events(out / name)]] == [
-        "16x1_3e8_s0", "32x1_3e8_s0"]
 
-    process = start(cache, config, out, *flags)
-    said, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and said.count("finished") == 4 and "0 of 4 runs to do" in said, said + err
-    assert logged(out) == found
-
-    process = start(cache, config, out, *flags, "--config.optim.b2=0.9")
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and "holds a run of another config (optim.b2 was 0.99, now 0.9)" in err
+    again = [f"--config={config}", f"--out={out}", *FLAGS, *flags]
+    assert sweep.main(again) == 0
+    assert "0 of 2 runs to do" in (said := capsys.readouterr().out) and said.count("finished") == 2
+    assert sweep.main([*again, "--config.optim.b2=0.9"]) == 2
+    assert "holds a run of another config (optim.b2 was 0.99, now 0.9)" in capsys.readouterr().err
     assert logged(out) == found
 
 
 def test_ctrl_c_saves_all_and_a_failure_holds_up_no_other_run(cache, config, tmp_path):
     """Two at a time; a run whose folder cannot be used fails, and is named at the end with the reason."""
-    out = tmp_path / "runs"
-    broken = out / "16x1_3e8_s0" / "checkpoints"
-    (broken / "5").mkdir(parents=True)
-    flags = ("--yes", "--jobs=2", "--seeds=0")
-    process = start(cache, config, out, *flags)
-    first = out / "32x1_3e8_s0"
-    command.wait(process, lambda: first.exists() and runs.newest_step(first) >= 5)
+    out, flags = tmp_path / "runs", ("--budgets=1e9", "--seeds=0,1,2", "--yes", "--jobs=2")
+    (out / "16x1_1e9_s1" / "checkpoints" / "5").mkdir(parents=True)
+    process, first = start(cache, config, out, *flags), out / "16x1_1e9_s0"
+    command.wait(process, lambda: runs.newest_step(first) >= 5)
     process.send_signal(signal.SIGINT)
-    said, err = process.communicate(timeout=300)
-    assert process.returncode == 130 and "the same command goes on" in said, said + err
-    assert not (first / "LOCK").exists() and 0 < runs.newest_checkpoint(first)
+    status, said, err = command.end(process)
+    assert status == 130 and "the same command goes on" in said, said + err
+    assert not (first / "LOCK").exists() and 5 <= runs.newest_checkpoint(first)
 
-    process = start(cache, config, out, *flags)
-    said, err = process.communicate(timeout=300)
-    assert process.returncode == 1 and "1 of 4 runs failed" in err or "1 of 3 runs failed" in err, said + err
-    assert "failed: 16x1_3e8_s0: status 2: error: " in err and "config.json, which says of what, is missing" in err
-    assert logged(out).keys() == {"32x1_3e8_s0", "16x1_6e8_s0", "32x1_6e8_s0"}
+    status, said, err = command.end(start(cache, config, out, *flags))
+    assert status == 1 and "1 of 3 runs failed" in err, said + err
+    assert "failed: 16x1_1e9_s1: status 2: error: " in err and "config.json, which says of what, is missing" in err
+    assert logged(out).keys() == {"16x1_1e9_s0", "16x1_1e9_s2"}
     for name in logged(out):
         assert log.read(out / name)[1][-1]["phase"] == "annealed"
 
@@ -131,7 +117,7 @@ def test_the_plan_counts_what_the_runs_spend(config, tmp_path):
 
 
 def test_what_the_config_counts_in_steps_keeps_its_share(tmp_path):
-    """DINO's own schedules too; of branches the warm-up is one, and their decay begins where they branch."""
+    """DINO's own schedules too."""
     dino = planned(f"{command.CONFIGS}/dino_fashion_mnist.py:debug", tmp_path, "--sizes=32x1x2", "--budgets=1e11")
     [p] = dino.values()
     assert p.changes["objective.steps"] == p.changes["optim.steps"] == p.changes["run.steps"] == p.steps
@@ -139,11 +125,12 @@ def test_what_the_config_counts_in_steps_keeps_its_share(tmp_path):
     assert p.changes["objective.temperature_warmup"] == round(6 / 24 * p.steps)
     assert p.changes["optim.learning_rate"] == 1e-3 and p.changes["model.heads"] == 2  # Step Law is of text
 
-    text = f"{command.CONFIGS}/quickstart.py:debug"
-    plan = planned(text, tmp_path, "--sizes=64x2", "--budgets=1e10,4e10,1e11", "--branches",
+
+def test_branches_share_what_a_trunk_has_done_and_decay_where_they_branch(config, tmp_path):
+    plan = planned(config, tmp_path, "--sizes=64x2x2", "--budgets=1e10,4e10,1e11", "--branches",
                    "--config.optim.decay=6", "--config.optim.schedule=wsd", "--config.data.batch_size=4")
     trunk, *branches = plan.values()
-    assert trunk.name == "64x2_1e11_s0" and trunk.trunk is None and len(branches) == 2
+    assert trunk.name == "64x2x2_1e11_s0" and trunk.trunk is None and len(branches) == 2
     assert trunk.changes["run.keep_at"] == tuple(sorted(p.trunk_step for p in branches))
     for p in plan.values():
         assert p.changes["optim.decay"] == round(6 / 24 * p.steps) and p.changes["data.batch_size"] == 4
@@ -177,19 +164,19 @@ def test_write_makes_configs_that_main_takes(cache, config, tmp_path, capsys):
     out = tmp_path / "runs"
     assert sweep.main([f"--config={config}", f"--out={out}", *FLAGS, "--write"]) == 0
     lines = (out / "runs.txt").read_text().splitlines()
-    assert len(lines) == 4 and not list(out.glob("*/metrics.jsonl"))
+    assert len(lines) == 2 and not list(out.glob("*/metrics.jsonl"))
     status, _, err = command.run(cache, *lines[1].split())
     assert status == 0, err
-    job = sweep.job_of(out, planned(config, out, *FLAGS)["16x1_3e8_s0"])
+    job = sweep.job_of(out, planned(config, out, *FLAGS)["16x1_1e9_s0"])
     assert jobs.finished(job)
     (job.workdir / "LOCK").touch()
     assert not jobs.finished(job)  # killed before the last checkpoint was complete
-    record = json.loads((out / "16x1_3e8_s0/metrics.jsonl").read_text().splitlines()[0])
+    record = json.loads((out / "16x1_1e9_s0/metrics.jsonl").read_text().splitlines()[0])
     assert record["config"]["model"]["width"] == 16 and record["config"]["run"]["eval_first"] is False
 
 
-def test_step_law_at_a_published_point():
-    """N = 1e9, D = 1e11 (Li et al. 2025): 1.6e-3 and 1.1 million tokens."""
+def test_step_law_of_a_billion_parameters():
+    """N = 1e9, D = 1e11: 1.6e-3 and 1.1 million tokens, which are in use at this size."""
     assert steplaw.learning_rate(1e9, 1e11) == pytest.approx(1.6e-3, rel=0.05)
     assert steplaw.batch_tokens(1e11) == pytest.approx(1.1e6, rel=0.05)
 
@@ -200,4 +187,4 @@ def test_a_failed_trunk_takes_its_branches_with_it(tmp_path):
     job = jobs.Job(tmp_path / "config.py", tmp_path / "branch", 9, needs)
     failed, stopped = jobs.all_of([job], 1, lambda text: None)
     assert not stopped and failed == {"branch": f"there is no {needs} to branch from"}
-    assert not (needs / manifest.NAME).exists() and flops.CONVENTION
+    assert not (needs / manifest.NAME).exists()
