@@ -188,6 +188,7 @@ def record(experiment: Experiment, state: TrainState, counted: flops.Flops, peak
         n_params=flops.n_params(state.params),
         n_params_nonembedding=flops.n_params_nonembedding(state.params),
         flops_per_example={name: n / data.batch_size for name, n in counted.model.items()},
+        flops_per_example_full_attention=counted.full_total / data.batch_size,
         flops_convention=flops.CONVENTION,
         batch_size=data.batch_size,
         total_steps=run.steps,

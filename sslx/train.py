@@ -181,7 +181,8 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
             done = step - met.passed_over(step)
             spent, examples = done * counted.model_total, done * data.batch_size
             logger.point(step=step, examples=examples, tokens_seen=tokens_seen, flops_model=spent,
-                         flops_hw=done * counted.hw_total, tokens_per_flop=tokens_seen / spent if spent else None,
+                         flops_hw=done * counted.hw_total, flops_6nd=6 * record["n_params_nonembedding"] * tokens_seen,
+                         tokens_per_flop=tokens_seen / spent if spent else None,
                          epochs=examples / len(source.examples), phase=optimizer.phase(step), split=split,
                          metrics=metrics, bad_records=distributed.total(bad_records), wall_s=clock.wall(),
                          spent=clock.spent, **fields)
@@ -218,11 +219,12 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
             if bad:
                 meet(step, guards.reason(step, numbers["loss"], numbers["grad_norm"], limits_2))
             speed = clock.speed(step, tokens_seen)
-            mfu = speed.steps_per_s * counted.model_total / (peak * mesh.size) if peak else None
+            mfu, hfu = (speed.steps_per_s * n / (peak * mesh.size) if peak else None
+                        for n in (counted.model_total, counted.hw_total))
             logger.progress(step, loss=numbers["loss"], tokens_per_s=speed.tokens_per_s, mfu=mfu)
             if step % options.log_every == 0 or step == options.steps:
                 point(step, "train", numbers, bad_records, lr=float(optimizer.learning_rate(step - 1)),
-                      cpu_s=clock.cpu(), tokens_per_s=speed.tokens_per_s, mfu=mfu)
+                      cpu_s=clock.cpu(), tokens_per_s=speed.tokens_per_s, mfu=mfu, hfu=hfu)
 
         def meet(step: int, why: str) -> None:
             """A bad step: the state is as if it had not been, or the loop rolls back, or the run ends."""
