@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from sslx import branches, checkpoint, distributed, experiment, flops, guards, log, report, state, workdir
+from sslx import branches, checkpoint, distributed, energy, experiment, flops, guards, log, report, state, workdir
 from sslx.checkpoint import Checkpoints
 from sslx.clock import Clock, Interrupt
 from sslx.data import pipeline
@@ -173,13 +173,16 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
         show = objective.show and jax.jit(objective.show)
         n_shown = batch_shards(mesh) * math.ceil(N_SHOWN / batch_shards(mesh))
         shown_batch = next(batches(0, 1, n_shown))[0]
-        clock, interrupted = Clock(logger.earlier, began), Interrupt(start)
+        clock, interrupted = Clock(logger.earlier, began, energy.meter(), logger.earlier_j), Interrupt(start)
         watchdog = Watchdog(options.hang_s, folder / "stacks")
         tokens_seen = state.exact(np.asarray(current.tokens))
 
         def point(step: int, split: str, metrics: dict[str, float], bad_records: int, **fields: Any) -> None:
             done = step - met.passed_over(step)
             spent, examples = done * counted.model_total, done * data.batch_size
+            energy_j = distributed.total(clock.energy_j)
+            if math.isfinite(energy_j):
+                fields |= {"energy_j": energy_j, "joules_per_token": energy_j / tokens_seen if tokens_seen else None}
             logger.point(step=step, examples=examples, tokens_seen=tokens_seen, flops_model=spent,
                          flops_hw=done * counted.hw_total, flops_6nd=6 * record["n_params_nonembedding"] * tokens_seen,
                          tokens_per_flop=tokens_seen / spent if spent else None,

@@ -1,6 +1,5 @@
 """Sweeps of real processes: planned by exact FLOPs, killed, gone on with, repeated by nobody."""
 
-import json
 import os
 import signal
 import subprocess
@@ -171,8 +170,15 @@ def test_write_makes_configs_that_main_takes(cache, config, tmp_path, capsys):
     assert jobs.finished(job)
     (job.workdir / "LOCK").touch()
     assert not jobs.finished(job)  # killed before the last checkpoint was complete
-    record = json.loads((out / "16x1_1e9_s0/metrics.jsonl").read_text().splitlines()[0])
+    [record], points = log.read(job.workdir)
     assert record["config"]["model"]["width"] == 16 and record["config"]["run"]["eval_first"] is False
+    # Beside the exact count, those of papers: attention over all 32 x 32 pairs, where 33 / 64 of them are needed.
+    attention = 12 * 32 * 16 * (32 - 33 / 2)  # 3 passes, 2 products, 2 FLOPs; one layer of width 16
+    counted = sum(record["flops_per_example"].values())
+    assert record["flops_per_example_full_attention"] == pytest.approx(counted + attention, rel=1e-9)
+    trained = [p for p in points if p["split"] == "train"][-1]
+    assert trained["flops_6nd"] == 6 * record["n_params_nonembedding"] * trained["tokens_seen"]
+    assert trained["hfu"] / trained["mfu"] == pytest.approx(trained["flops_hw"] / trained["flops_model"])
 
 
 def test_step_law_of_a_billion_parameters():
