@@ -146,7 +146,7 @@ def test_branches_share_what_a_trunk_has_done_and_decay_where_they_branch(config
     (("--budgets=1e9", "--sizes=16"), "it takes WIDTHxDEPTH"),
     (("--budgets=1e9", "--sizes=16x1", "--grid=cube"), "isoflop or ladder"),
     (("--budgets=1e9", "--sizes=16x1", "--grid=ladder"), "--budgets says nothing of --grid=ladder"),
-    (("--budgets=1e6", "--sizes=16x1"), "fewer than 10"),
+    (("--budgets=1e6", "--sizes=16x1", "--batch-size=8"), "fewer than 10"),
     (("--budgets=1e9", "--sizes=model.wdith=16"), "unknown key config.model.wdith: did you mean 'width'"),
     (("--budgets=1e9", "--sizes=33x1x2"), "heads"),
     (("--budgets=1e9", "--sizes=16x1", "--learning-rate=fast"), "--learning-rate"),
