@@ -83,7 +83,7 @@ def test_a_sweep_that_is_killed_loses_and_repeats_no_run(cache, config, tmp_path
 
 def test_ctrl_c_saves_all_and_a_failure_holds_up_no_other_run(cache, config, tmp_path):
     """Two at a time; a run whose folder cannot be used fails, and is named at the end with the reason."""
-    out, flags = tmp_path / "runs", ("--budgets=1e9", "--seeds=0,1,2", "--yes", "--jobs=2", "--rate=1e9")
+    out, flags = tmp_path / "runs", ("--budgets=1e9", "--seeds=1,0", "--yes", "--jobs=2", "--rate=1e9")
     (out / "16x1_1e9_s1" / "checkpoints" / "5").mkdir(parents=True)
     process, first = start(cache, config, out, *flags), out / "16x1_1e9_s0"
     command.wait(process, lambda: runs.newest_step(first) >= 5)
@@ -93,11 +93,10 @@ def test_ctrl_c_saves_all_and_a_failure_holds_up_no_other_run(cache, config, tmp
     assert not (first / "LOCK").exists() and 5 <= runs.newest_checkpoint(first)
 
     status, said, err = command.end(start(cache, config, out, *flags))
-    assert status == 1 and "1 of 3 runs failed" in err, said + err
+    assert status == 1 and "1 of 2 runs failed" in err, said + err
     assert "failed: 16x1_1e9_s1: status 2: error: " in err and "config.json, which says of what, is missing" in err
-    assert logged(out).keys() == {"16x1_1e9_s0", "16x1_1e9_s2"}
-    for name in logged(out):
-        assert log.read(out / name)[1][-1]["phase"] == "annealed"
+    assert logged(out).keys() == {"16x1_1e9_s0"}
+    assert log.read(first)[1][-1]["phase"] == "annealed"
 
 
 def test_the_plan_counts_what_the_runs_spend(config, tmp_path):
