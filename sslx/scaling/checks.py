@@ -31,7 +31,7 @@ def refuse(points: Points, form: Form, name: str, free: int) -> None:
                         " a law needs several budgets, at least 3 and better 5, over a factor of 30 and more")
     inputs = form.slopes(points.inputs)
     for column, what in ((points.n, "N"), (points.d, "D")):
-        if "b" in form.exponents and len(np.unique(column)) < 3:
+        if len(form.signs) == 3 and len(np.unique(column)) < 3:
             raise UserError(f"there are only {len(np.unique(column))} different values of {what}: how the loss depends on"
                             f" it cannot be known. Add runs, or take --form power")
     columns = np.concatenate([np.ones((1, p)), inputs.reshape(-1, p, inputs.shape[-1]).sum(-1)[len(form.signs) > 1:]])

@@ -15,7 +15,9 @@ from sslx.config import UserError, nearest
 from sslx.scaling.forms import Array, Inputs
 
 APART = math.log(1.2)  # budgets are at least this far apart in ln C
-ALIKE = math.log(2)    # and their own points not farther than this
+OCTAVE = math.log(2)   # and their own points not farther than this
+POINTS = 3             # that a budget has, on average
+BINS = 8
 LARGEST_LOSS, SMALLEST_COUNT = 1e3, 1e3
 ROLES = dict(n="parameters N", d="units seen D", c="FLOPs C", loss="the loss or metric", unique="units that are unique",
              weight="the weight of a row")
@@ -47,14 +49,17 @@ class Points(NamedTuple):
 
     @property
     def budget(self) -> Array:
-        """int[P], from the smallest: points of about as many FLOPs; octaves of C where they lie without gaps."""
+        """int[P], from the smallest: points of about as many FLOPs; where C has no such gaps, bins of ln C.
+
+        A bin is an octave, or wider, so that there are at most BINS.
+        """
         ln_c = np.log(self.c)
         order = np.argsort(ln_c, kind="stable")
         cluster = np.empty(len(order), int)
         cluster[order] = np.concatenate([[0], np.cumsum(np.diff(ln_c[order]) > APART)])
         widths = [np.ptp(ln_c[cluster == k]) for k in range(cluster.max() + 1)]
-        if max(widths) > ALIKE:
-            cluster = np.round((ln_c - ln_c.max()) / math.log(2)).astype(int)
+        if max(widths) > OCTAVE or len(widths) > len(order) / POINTS:
+            cluster = np.round((ln_c - ln_c.max()) / max(OCTAVE, np.ptp(ln_c) / BINS)).astype(int)
         return np.unique(cluster, return_inverse=True)[1]
 
     @property
