@@ -113,7 +113,7 @@ def backtest(fit: Fitted, points: Points, draw: np.random.Generator, n: int = 40
     cuts = [k for k in range(1, budget.max()) if (budget <= k).sum() >= free + 2
             and x.c[budget == k].mean() >= (x.c.min() + x.c.max()) / 2 - HALF]
     cuts = cuts[::-(-len(cuts) // MOST_CUTS)] if cuts else []
-    predicted_all = np.exp(fit.form.log_loss(fit.theta, x)[0])
+    predicted_all = np.exp(fit.form.log_loss(fit.theta, x))
     floor = np.exp(fit.theta[0])
     excess = np.abs(predicted_all - floor)
     folds = []
@@ -126,7 +126,7 @@ def backtest(fit: Fitted, points: Points, draw: np.random.Generator, n: int = 40
         weights = resample_weights(seen, n, draw) * seen.weight
         thetas, _ = solve.minimize(fit.form, seen.inputs.within(fit.centre), seen.loss, weights,
                                    np.repeat(theta[None], n, 0), fit.bounds, steps=40, tolerance=1e-5)
-        said = np.exp(fit.form.log_loss(np.concatenate([theta[None], thetas]), x)[0])
+        said = np.exp(fit.form.log_loss(np.concatenate([theta[None], thetas]), x))
         for later in range(cut + 1, budget.max() + 1):
             rows = budget == later
             errors = ((said[:, rows] - points.loss[rows]) / excess[rows]).mean(-1)

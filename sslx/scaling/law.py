@@ -61,7 +61,7 @@ class Law(NamedTuple):
 
     def loss(self, n: Any, d: Any, unique: Any = None) -> Array:
         """float[P], the loss that is expected of n parameters after d units, `unique` of them different."""
-        return np.exp(self.shape.log_loss(self.shape.internal(self.params), self.inputs(n, d, unique))[0])
+        return np.exp(self.shape.log_loss(self.shape.internal(self.params), self.inputs(n, d, unique)))
 
     def interval(self, n: Any, d: Any, unique: Any = None) -> tuple[Array, Array]:
         """(low, high) of the loss, float[P] each, with a confidence of CONFIDENCE.
@@ -72,7 +72,7 @@ class Law(NamedTuple):
         draws, shares = [], []
         for member in self.members:
             form = form_of(member.form, self.params) if member.form == self.form else FORMS[member.form]
-            draws.append(form.log_loss(member.thetas, x)[0])
+            draws.append(form.log_loss(member.thetas, x))
             shares.append(np.full(len(member.thetas), member.share / len(member.thetas)))
         low, high = quantiles(np.concatenate(draws), np.concatenate(shares))
         beyond = np.maximum(x.c - math.log(self.c_max), 0.0)
