@@ -56,7 +56,8 @@ def parabolas(points: Points) -> Optima:
             continue
         d_of_n = np.polyfit(x.n[rows] - centre, x.d[rows], 1)
         found.append((x.c[rows].mean(), centre + at, np.polyval(d_of_n, at), np.exp(level - slope**2 / (4 * curve))))
-    return Optima(*np.array(found).reshape(-1, 4).T, edge=edge)
+    ln_c, ln_n, ln_d, loss = np.array(found).reshape(-1, 4).T
+    return Optima(ln_c, ln_n, ln_d, loss, edge)
 
 
 def diagnose(points: Points) -> tuple[dict[str, Any], list[str]]:

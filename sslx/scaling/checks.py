@@ -3,6 +3,7 @@
 import numpy as np
 
 from sslx.config import UserError
+from sslx.scaling import solve
 from sslx.scaling.forms import Form
 from sslx.scaling.intervals import Fitted, Fold
 from sslx.scaling.points import Points
@@ -86,6 +87,29 @@ def of_intervals(form: Form, intervals: dict[str, list[float]], params: dict[str
         if wide:
             found.append(f"{name} is not identified: {low:.3g} to {high:.3g} fit about as well as {params[name]:.3g}")
     return found
+
+
+def of_trades(fit: Fitted, points: Points, intervals: dict[str, list[float]]) -> list[str]:
+    """Warnings about parameters that fit elsewhere when another, which the points do not identify, is elsewhere.
+
+    Asked of what is neither an amplitude nor an exponent: how repeated data and excess parameters lose their worth.
+    """
+    first = len(fit.form.signs) + len(fit.form.exponents)
+    asked = [j for j, name in enumerate(fit.form.parameters) if j >= first and name in intervals]
+    found = {}
+    for j in asked:
+        spans = {i: np.log(intervals[fit.form.parameters[i]]) for i in asked}
+        for end in spans[j]:
+            low, high = fit.bounds.low.copy(), fit.bounds.high.copy()
+            low[j] = high[j] = np.clip(end, fit.bounds.low[j], fit.bounds.high[j])
+            theta, _ = solve.minimize(fit.form, points.inputs.within(fit.centre), points.loss, points.weight,
+                                      fit.theta[None], solve.Box(low, high))
+            for i in asked:
+                if i != j and not spans[i][0] <= theta[0, i] <= spans[i][1]:
+                    name, other = fit.form.parameters[i], fit.form.parameters[j]
+                    found[name] = (f"{name} is not identified: it is {np.exp(theta[0, i]):.3g} if {other} is"
+                                   f" {np.exp(end):.3g}, which fits about as well")
+    return list(found.values())
 
 
 def of_backtest(folds: list[Fold]) -> list[str]:

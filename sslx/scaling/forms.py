@@ -8,7 +8,7 @@ K terms, P points, J parameters; leading dimensions of theta are a batch.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,7 +103,7 @@ def linear_terms(slopes: Callable[[Inputs], Array], x: Inputs) -> Terms:
 
 
 def log_linear(*, formula: str, amplitudes: str, exponents: dict[str, tuple[float, float]],
-               slopes: Callable[[Inputs], list[list[Array]]], **others) -> Form:
+               slopes: Callable[[Inputs], list[list[Any]]], **others: Any) -> Form:
     """A form whose terms are linear in theta: `slopes` of [term][exponent], float[P] or 0."""
     def table(x: Inputs) -> Array:
         return np.stack([np.stack([np.broadcast_to(s, x.n.shape) for s in row], -1) for row in slopes(x)])
