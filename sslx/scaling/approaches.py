@@ -11,11 +11,11 @@ import numpy as np
 from sslx.scaling.forms import Array
 from sslx.scaling.points import Points
 
-LEAST = 4  # points of a budget through which a parabola says something
+LEAST = 3  # points of a budget through which a parabola says something
 
 
 class Optima(NamedTuple):
-    """ln_c, ln_n, ln_d, loss: float[K], of the optimum at each budget; edge: int, budgets whose optimum is not inside."""
+    """ln_c, ln_n, ln_d, loss: float[K], of the optimum at each budget. edge: how many have theirs not inside."""
 
     ln_c: Array
     ln_n: Array
@@ -66,6 +66,6 @@ def diagnose(points: Points) -> tuple[dict[str, Any], list[str]]:
     exponents = {"approach_1": one.exponents(), "approach_2": two.exponents()}
     warnings = []
     if two.edge:
-        warnings.append(f"at {two.edge} of {len(two.ln_c) + two.edge} budgets the best size is at the edge of those that"
-                        " were tried: add smaller or larger ones there")
+        warnings.append(f"at {two.edge} of {len(two.ln_c) + two.edge} budgets the best size is at the edge of those"
+                        " that were tried: add smaller or larger ones there")
     return {name: e for name, e in exponents.items() if e}, warnings

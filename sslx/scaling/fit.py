@@ -67,7 +67,7 @@ def fit(points: Points, form: str = "auto", fixed: dict[str, float] | None = Non
     allocation, edges = approaches.diagnose(points) if "b" in best.form.exponents else ({}, [])
     warnings = [*checks.of_points(points, len(params) - len(fixed)), *edges,
                 *checks.of_fit(best, params, points, fixed), *checks.of_intervals(best.form, spans, params),
-                *checks.of_trades(best, points, spans),
+                *checks.of_profiles(best, points),
                 *checks.of_backtest(folds[form])]
     ends = best.ends
     report = dict(

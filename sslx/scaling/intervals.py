@@ -12,11 +12,11 @@ from sslx.scaling import solve
 from sslx.scaling.forms import Array, Form, Inputs
 from sslx.scaling.points import Points
 
-RESAMPLES = 200
-BUDGET_SHAPE = 25.0  # of the Gamma law of a budget's weight: its variance is 1/25
-SURE, DRIFT = 1.3, 8.0     # standard deviations that are noise; a bend of the law shows in a back-test by a part only
-ODD, MISFIT = 1.5, 1.5     # the same for the mean residual of a budget
-# The last five are chosen so that intervals cover what they should in synthetic studies: tests/scaling/test_coverage.py
+RESAMPLES, OF_A_FOLD = 200, 40
+# These are chosen so that intervals cover what they should in synthetic studies (tests/scaling/test_coverage.py).
+RUN_SHAPE, BUDGET_SHAPE = 4 / 3, 25.0  # of the Gamma laws of weights of runs and budgets: the variances are 1/shape
+SURE, DRIFT = 1.3, 8.0   # standard deviations that are noise; how much more of a bend comes than back-tests have seen
+ODD, MISFIT = 1.5, 1.5   # the same for the mean residual of a budget
 MOST_CUTS = 6
 HALF = 0.1  # by how much of ln C half of the decades may be missed
 
@@ -77,7 +77,7 @@ def centred(form: Form, fixed: dict[str, float], centre: Inputs) -> dict[str, fl
 
 
 def shares(fits: dict[str, Fitted], points: int) -> dict[str, float]:
-    """{form: share} of an average, by Akaike's criterion for errors of Laplace's law, whose scale the objective tells."""
+    """{form: share} of an average, by Akaike's criterion for errors of Laplace's law of unknown scale."""
     criteria = {name: 2 * points * np.log(max(f.objective, 1e-300)) + 2 * len(f.theta) for name, f in fits.items()}
     least = min(criteria.values())
     weights = {name: float(np.exp(-0.5 * (c - least))) for name, c in criteria.items()}
@@ -100,7 +100,7 @@ def resample_weights(points: Points, n: int, draw: np.random.Generator) -> Array
     """float[n, P], mean 1: random weights of whole runs times random weights of whole budgets."""
     budget = points.budget
     runs, run = np.unique(points.run, return_inverse=True)
-    of_runs = draw.exponential(size=(n, len(runs)))
+    of_runs = draw.gamma(RUN_SHAPE, 1 / RUN_SHAPE, size=(n, len(runs)))
     of_budgets = draw.gamma(BUDGET_SHAPE, 1 / BUDGET_SHAPE, size=(n, budget.max() + 1))
     return of_runs[:, run] * of_budgets[:, budget]
 
@@ -114,7 +114,7 @@ def resampled(fit: Fitted, points: Points, draw: np.random.Generator, n: int = R
     return thetas
 
 
-def backtest(fit: Fitted, points: Points, draw: np.random.Generator, n: int = 40) -> list[Fold]:
+def backtest(fit: Fitted, points: Points, draw: np.random.Generator, n: int = OF_A_FOLD) -> list[Fold]:
     """What fits to the lower budgets, over at least half of all decades of compute, said of each later one."""
     budget, x = points.budget, points.inputs.within(fit.centre)
     free = int((fit.bounds.low < fit.bounds.high).sum())

@@ -1,6 +1,7 @@
 """A fitted law: what loss it expects of a size and an amount of data, how sure it is, and what is optimal."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,22 +103,24 @@ class Law(NamedTuple):
             found.append(dict(n=n, d=d, loss=float(self.loss(n, d, *unique)[0]), lo=float(low[0]), hi=float(high[0])))
         return found
 
-    def as_json(self, predictions: list[dict[str, float]] = []) -> dict[str, Any]:  # noqa: B006
+    def as_json(self, predictions: Sequence[dict[str, float]] = ()) -> dict[str, Any]:
         """What a file keeps of the law; `backtest.law` is what intervals of new predictions need."""
         kept = dict(drift=self.drift, misfit=self.misfit, c_max=self.c_max,
                     flops=[np.round(x, 6).tolist() for x in self.flops],
                     members=[dict(form=m.form, share=m.share, centre=[float(x) for x in m.centre],
                                   thetas=np.round(m.thetas, 7).tolist())
                              for m in self.members])
-        report = self.report | dict(backtest=self.report["backtest"] | dict(law=kept))
-        return dict(form=self.form, params=self.params) | report | dict(predictions=predictions)
+        report = self.report | dict(backtest=self.report["backtest"] | dict(law=kept), predictions=list(predictions))
+        warnings = report.pop("warnings")
+        return dict(form=self.form, params=self.params) | report | dict(warnings=warnings)
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Law":
         """The law of `as_json`. Raises UserError if it is none."""
         try:
             kept = found["backtest"]["law"]
-            members = tuple(Member(m["form"], m["share"], Inputs(*map(np.array, m["centre"])), np.array(m["thetas"])) for m in kept["members"])
+            members = tuple(Member(m["form"], m["share"], Inputs(*map(np.array, m["centre"])), np.array(m["thetas"]))
+                            for m in kept["members"])
             report = {k: v for k, v in found.items() if k not in ("form", "params", "predictions")}
             report["backtest"] = {k: v for k, v in report["backtest"].items() if k != "law"}
             return cls(found["form"], found["params"], members, kept["drift"], kept["misfit"], kept["c_max"],
@@ -132,7 +135,7 @@ def form_of(name: str, params: dict[str, float]) -> Form:
 
 
 def quantiles(draws: Array, shares: Array) -> tuple[Array, Array]:
-    """(low, high) of each column of draws[B, P], whose rows have shares[B], leaving (1 - CONFIDENCE) / 2 on each side."""
+    """(low, high) of each column of draws[B, P], whose rows have shares[B], with CONFIDENCE between them."""
     order = draws.argsort(0)
     below = shares[order].cumsum(0) / shares.sum()
     tail = (1 - CONFIDENCE) / 2

@@ -120,13 +120,13 @@ def number(value: Any, where: str) -> float:
     except (TypeError, ValueError):
         x = math.nan
     if not (math.isfinite(x) and x > 0):
-        raise UserError(f"{where} is {value!r}: it takes a positive number; mend or remove the row, or leave it out with"
-                        " --where")
+        raise UserError(f"{where} is {value!r}: it takes a positive number; mend or remove the row, or leave it out"
+                        " with --where")
     return x
 
 
 def from_runs(folders: Iterable[pathlib.Path], metric: str, count: str) -> Points:
-    """The last point of each run below `folders`, which must be finished, annealed and of one objective on one dataset.
+    """The last point of each run below `folders`: finished, annealed, of one objective and dataset.
 
     count: "n_params" or "n_params_nonembedding". Raises UserError for runs that do not belong in one law.
     """
@@ -175,7 +175,7 @@ def kind(run: Mapping[str, Any]) -> str:
 
 def checked(values: dict[str, Array], runs: Array | None, metric: str, where: str,
             columns: Mapping[str, str | None]) -> Points:
-    """Points, without rows that are there twice. Raises UserError for columns that cannot be what they are taken for."""
+    """Points, without rows that are there twice. Raises UserError for columns that cannot be what they should."""
     warnings = []
     loss = values.get("loss")
     for role in ("n", "d"):
@@ -192,7 +192,7 @@ def checked(values: dict[str, Array], runs: Array | None, metric: str, where: st
             warnings.append(f"D/N is {np.median(per):.3g} in the middle row: are --n and --d swapped?")
         if "c" in values and not 0.5 < np.median(values["c"] / values["n"] / values["d"]) < 200:
             per = values["c"] / values["n"] / values["d"]
-            warnings.append(f"C/(N D) is {np.median(per):.3g} in the middle row, where about 6 is usual: is --c in FLOPs?")
+            warnings.append(f"C/(N D) is {np.median(per):.3g} in the middle row, and usually about 6: is --c in FLOPs?")
         if np.any(values.get("unique", 0) > values["d"] * (1 + 1e-9)):
             warnings.append("some rows have more unique units than units seen; they count as not repeated")
     first = next(iter(values.values()))

@@ -1,4 +1,4 @@
-"""Synthetic scaling studies whose truth is known: isoFLOP grids of a random law, with noise, some of them misspecified."""
+"""Synthetic scaling studies whose truth is known: isoFLOP grids of a random law with noise, some misspecified."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Study(NamedTuple):
 def study(seed: int, kind: str = "law", noise: float = NOISE, budgets: int = 5, sizes: int = 6) -> Study:
     """Budgets from 1e17 FLOPs, sqrt(10) apart, and sizes from 1/4 to 4 times the best.
 
-    "kink":  beyond one of the inner budgets the excess loss falls with an exponent that is 18 to 47 % larger or smaller.
+    "kink":  beyond one of the inner budgets the exponent of the excess loss is 18 to 47 % larger or smaller.
     "drift": large models are ever less well tuned, by .5 to 3 % of the loss for each factor e in size.
     """
     draw = np.random.default_rng([seed, KINDS.index(kind)])
