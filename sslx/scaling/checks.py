@@ -91,7 +91,7 @@ def of_intervals(form: Form, intervals: dict[str, list[float]], params: dict[str
 def of_profiles(fit: Fitted, points: Points) -> list[str]:
     """Warnings about parameters with a flat profile: elsewhere, and all others fitted anew, they fit about as well.
 
-    Asked of what is neither an amplitude nor an exponent: how fast repeated data and excess parameters lose their worth.
+    Asked of what is neither an amplitude nor an exponent: how fast repeated data and excess parameters lose worth.
     """
     found = []
     for j in range(len(fit.form.signs) + len(fit.form.exponents), len(fit.theta)):
@@ -104,8 +104,9 @@ def of_profiles(fit: Fitted, points: Points) -> list[str]:
             _, objective = solve.minimize(fit.form, points.inputs.within(fit.centre), points.loss, points.weight,
                                           fit.theta[None], solve.Box(low, high))
             if objective[0] < (1 + FLAT_PROFILE) * fit.objective:
+                more = objective[0] / fit.objective - 1
                 found.append(f"{fit.form.parameters[j]} is not identified: with {np.exp(elsewhere):.3g} instead of"
-                             f" {np.exp(fit.theta[j]):.3g} the objective is {objective[0] / fit.objective - 1:.1%} larger")
+                             f" {np.exp(fit.theta[j]):.3g} the objective is only {more:.1%} larger")
                 break
     return found
 
