@@ -15,8 +15,8 @@ from sslx.scaling.points import Points
 RESAMPLES, OF_A_FOLD = 200, 40
 # These are chosen so that intervals cover what they should in synthetic studies (tests/scaling/test_coverage.py).
 RUN_SHAPE, BUDGET_SHAPE = 4 / 3, 25.0  # of the Gamma laws of weights of runs and budgets: the variances are 1/shape
-SURE, DRIFT = 1.3, 8.0   # standard deviations that are noise; how much more of a bend comes than back-tests have seen
-ODD, MISFIT = 1.0, 2.0   # the same for the mean residual of a budget, or of one of
+SURE, DRIFT = 1.4, 8.0   # standard deviations that are noise; how much more of a bend comes than back-tests have seen
+ODD, MISFIT = 1.0, 1.6   # the same for the mean residual of a budget, or of one of
 SIZES = 6                # classes of N, each with as many points
 MOST_CUTS = 6
 HALF = 0.1  # by how much of ln C half of the decades may be missed
