@@ -51,7 +51,11 @@ def step_of(conf: ml_collections.ConfigDict, devices: list[Any]) -> Step:
         if conf.data.get("synthetic"):
             conf.data.train = dict(conf.data.synthetic, name="synthetic")
         conf.evals = {}
-    built = experiment.build(conf, devices)
+    return abstract_step(experiment.build(conf, devices))
+
+
+def abstract_step(built: Experiment) -> Step:
+    """The step of what is built, of which nothing is computed."""
     row = evals.inputs(pipeline.stream(built.source, seed=built.run.seed).rows(np.zeros(1, int)))
     rows, lying = built.data.batch_size, batch_sharding(built.mesh)
     batch: dict[str, Any] = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=lying)

@@ -22,7 +22,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import NoReturn
 
 import jax
@@ -40,12 +40,13 @@ UNSEALED = "UNSEALED"  # holds the step that is being saved
 class Checkpoints:
     """The checkpoints of one workdir, of which the newest is sound.
 
-    The newest `keep` stay, and those of multiples of `keep_every`, and the one of the best value of a metric:
-    `keep_best` is "min:METRIC" or "max:METRIC". Raises UserError if all are damaged.
+    The newest `keep` stay, those of multiples of `keep_every` and of the steps `keep_at`, and the one of the best value
+    of a metric: `keep_best` is "min:METRIC" or "max:METRIC". Raises UserError if all are damaged.
     """
 
-    def __init__(self, workdir: pathlib.Path, keep: int, keep_every: int | None = None, keep_best: str | None = None):
-        self.workdir, self.keep, self.keep_every = workdir, keep, keep_every
+    def __init__(self, workdir: pathlib.Path, keep: int, keep_every: int | None = None, keep_best: str | None = None,
+                 keep_at: Collection[int] = ()):
+        self.workdir, self.keep, self.keep_every, self.keep_at = workdir, keep, keep_every, keep_at
         self.best, _, self.metric = (keep_best or "").partition(":")
         self.folder = workdir.absolute() / "checkpoints"
         self.repaired()
@@ -100,7 +101,7 @@ class Checkpoints:
         (self.folder / UNSEALED).unlink()
         there = steps(self.folder)
         scores = {s: score for s in there if self.best and (score := self.scored(s)) is not None}
-        for old in set(there) - kept(there, self.keep, self.keep_every, self.best, scores):
+        for old in set(there) - kept(there, self.keep, self.keep_every, self.best, scores, self.keep_at):
             remove(self.folder / str(old))
 
     def scored(self, step: int) -> float | None:
@@ -163,11 +164,13 @@ def steps(folder: pathlib.Path) -> list[int]:
     return sorted(int(p.name) for p in folder.glob("[0-9]*") if p.name.isdigit() and p.is_dir())
 
 
-def kept(steps: list[int], keep: int, keep_every: int | None, best: str, scores: Mapping[int, float]) -> set[int]:
-    """Which of the steps, oldest first, stay: the newest, multiples, and the "min" or "max" of `scores` by step."""
+def kept(steps: list[int], keep: int, keep_every: int | None, best: str, scores: Mapping[int, float],
+         at: Collection[int] = ()) -> set[int]:
+    """Which of the steps, oldest first, stay: the newest, multiples, those of `at`, the "min" or "max" of `scores`."""
     chosen = {"min": min, "max": max}[best](scores, key=scores.__getitem__) if scores else None
     return {step for step in steps
-            if step in steps[-keep:] or step == chosen or (keep_every is not None and step % keep_every == 0)}
+            if step in steps[-keep:] or step in at or step == chosen
+            or (keep_every is not None and step % keep_every == 0)}
 
 
 def unsealed(folder: pathlib.Path) -> int | None:

@@ -1,6 +1,7 @@
 """Time and interruptions of a run."""
 
 import collections
+import math
 import signal
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from sslx import distributed
+from sslx.energy import Meter
 
 
 class Speed(NamedTuple):
@@ -16,6 +18,7 @@ class Speed(NamedTuple):
     tokens_per_s: float
 
 
+ASIDE = ("eval", "save")  # not what the training itself takes
 KINDS = ("start_up", "compile", "step", "data", "eval", "save", "lost")
 
 
@@ -29,13 +32,16 @@ class Clock:
     eval, save  evaluations and pictures; what of saving is not in the background.
     lost      spent on what was done again: after the checkpoint that a resume or a roll-back went on from.
 
-    Every moment is charged to one of them.
+    Every moment is charged to one of them, and so are the joules that `meter` counts; `earlier_j` is NaN if unknown.
     """
 
-    def __init__(self, earlier: Mapping[str, float], began: float):
+    def __init__(self, earlier: Mapping[str, float], began: float, meter: Meter | None = None,
+                 earlier_j: float = 0.0):
         self.spent = {kind: float(earlier.get(kind, 0.0)) for kind in KINDS}
         self.cpu_spent = dict.fromkeys(KINDS, 0.0)
         self.charged, self.charged_cpu = began, 0.0
+        self.meter, self.energy_j = meter, earlier_j if meter else math.nan
+        self.charged_j = meter() if meter else 0.0
         self.marks: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=50)
 
     def charge(self, kind: str) -> None:
@@ -44,6 +50,10 @@ class Clock:
         self.spent[kind] += now - self.charged
         self.cpu_spent[kind] += cpu - self.charged_cpu
         self.charged, self.charged_cpu = now, cpu
+        if self.meter:
+            joules = self.meter()
+            self.energy_j += 0.0 if kind in ASIDE else joules - self.charged_j
+            self.charged_j = joules
 
     def rewind(self, spent: Mapping[str, float]) -> None:
         """From here on the account is `spent`, what was lost included."""
@@ -57,8 +67,7 @@ class Clock:
 
     def cpu(self) -> float:
         """CPU-seconds of this process in starting up and stepping."""
-        idle = self.cpu_spent["eval"] + self.cpu_spent["save"]
-        return time.process_time() - idle
+        return time.process_time() - sum(self.cpu_spent[kind] for kind in ASIDE)
 
     def speed(self, step: int, tokens: int) -> Speed:
         """Over the last 50 steps, from the end of the first, which compiles."""

@@ -68,17 +68,23 @@ def parse(module: str, doc: str | None, wanted: Mapping[str, Flag], arguments: l
     return config.value, given
 
 
-def config_file(command: list[str]) -> str | None:
-    """The file that --config names, without the argument. Raises UserError if there is none of this name."""
+def named_config(command: list[str]) -> str | None:
+    """What --config names, X.py[:arg]."""
     values = flags.FlagValues()
     config = flags.DEFINE_string("config", None, "", flag_values=values)
     try:
         values(command, known_only=True)
     except flags.Error as error:
         raise UserError(f"the command line cannot be read: {error}") from error
-    if config.value is None:
+    return config.value
+
+
+def config_file(command: list[str]) -> str | None:
+    """The file that --config names, without the argument. Raises UserError if there is none of this name."""
+    named = named_config(command)
+    if named is None:
         return None
-    file = config.value.partition(":")[0]
+    file = named.partition(":")[0]
     if not os.path.isfile(file):
         raise UserError(f"--config names {file!r}, where there is no file. It takes the path of a config, such as"
                         f" configs/quickstart.py; paths are relative to {os.getcwd()}")

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -28,6 +28,8 @@ END_S = 600
 # connection broke.
 HEARD_S = 1.0
 FOREVER_MS = 10**12
+
+Number = TypeVar("Number", int, float)
 
 FAILED = "sslx/failed"  # "process status reason" of the first that failed
 
@@ -113,9 +115,9 @@ def agreed(answer: bool) -> bool:
     return bool(answer) if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(answer))
 
 
-def total(n: int) -> int:
-    """The sum of a small number over the processes, which must all ask at the same step."""
-    return n if jax.process_count() == 1 else int(multihost_utils.process_allgather(n).sum())
+def total(n: Number) -> Number:
+    """The sum of a number, of 32 bits, over the processes, which must all ask at the same step."""
+    return n if jax.process_count() == 1 else multihost_utils.process_allgather(n).sum().item()
 
 
 # To stop at one step the processes must agree on it. JAX's preemption service does so on the side: SIGTERM to one

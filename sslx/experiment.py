@@ -33,9 +33,12 @@ class Run(NamedTuple):
     accumulate: micro-batches per step; a contrastive loss sees the negatives of its micro-batch.
     overlap:    compiles with the options that let communication run beside computation (sslx/topology.py).
     log_every, eval_every, save_every: points, evaluations, checkpoints; the last step has all three.
+    eval_first: an evaluation of the random weights, the baselines `@random_init`.
     save_minutes: saves also when this time has passed, at the next point.
     keep:       newest checkpoints kept. keep_every: those of its multiples stay as well; keep_best: and the one with
                 the best value of a metric, "min:heldout/loss" or "max:knn/accuracy"; evaluations then save.
+    keep_at:    steps that are saved and stay, for branches.
+    trunk, trunk_step: the run branches from this step of the run in the workdir `trunk` (sslx/branches.py).
     on_bad_step: a loss or gradient that is not finite, or a spike: "stop" ends the run; "skip" leaves weights and
                 optimizer as they were; "rollback" goes on from the newest checkpoint and passes over the step's batch
                 and the one before.
@@ -55,11 +58,15 @@ class Run(NamedTuple):
     overlap: bool = False
     log_every: Count = 20
     eval_every: Count = 500
+    eval_first: bool = True
     save_every: Count = 500
     save_minutes: Positive | None = None
     keep: Count = 2
     keep_every: Count | None = None
     keep_best: Best | None = None
+    keep_at: tuple[Count, ...] = ()
+    trunk: str | None = None
+    trunk_step: Count | None = None
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     spike: Positive | None = None
     max_bad_steps: Natural = 8
@@ -106,8 +113,11 @@ class Experiment(NamedTuple):
         return topology.overlap(self.mesh.devices.flat) if self.run.overlap else {}
 
 
-def build(conf: ml_collections.ConfigDict, devices: list | None = None) -> Experiment:
-    """Reads every section of a config. Raises UserError for whatever cannot work."""
+def build(conf: ml_collections.ConfigDict, devices: list | None = None, source: Source | None = None) -> Experiment:
+    """Reads every section of a config. Raises UserError for whatever cannot work.
+
+    source: of config.data.train, where it is open already.
+    """
     sections = config.plain(conf)
     for key in sections:
         if key not in SECTIONS:
@@ -125,7 +135,7 @@ def build(conf: ml_collections.ConfigDict, devices: list | None = None) -> Exper
                         f" choose a multiple of {rows}")
     optimizer = config.call(optim.make, sections["optim"], "config.optim")
     model = config.build("models", sections["model"], "config.model")
-    source = pipeline.source(data.train, "config.data.train", data.on_bad)
+    source = pipeline.source(data.train, "config.data.train", data.on_bad) if source is None else source
     if data.synthetic is not None:
         config.call(config.load("data", "synthetic"), data.synthetic, "config.data.synthetic")
 
@@ -164,6 +174,7 @@ def record(experiment: Experiment, state: TrainState, counted: flops.Flops, peak
     text = json.dumps(workdir.flat(conf), sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     objective = conf["objective"]["name"]
+    branched = {} if run.trunk is None else {"branched_from": {"workdir": run.trunk, "step": run.trunk_step}}
     libraries = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
     return dict(
         run_id=f"{objective}-{digest}-{run.seed}",
@@ -177,6 +188,7 @@ def record(experiment: Experiment, state: TrainState, counted: flops.Flops, peak
         n_params=flops.n_params(state.params),
         n_params_nonembedding=flops.n_params_nonembedding(state.params),
         flops_per_example={name: n / data.batch_size for name, n in counted.model.items()},
+        flops_per_example_full_attention=counted.full_total / data.batch_size,
         flops_convention=flops.CONVENTION,
         batch_size=data.batch_size,
         total_steps=run.steps,
@@ -184,6 +196,7 @@ def record(experiment: Experiment, state: TrainState, counted: flops.Flops, peak
         device_count=mesh.size,
         peak_flops=peak,
         versions={"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in libraries},
+        **branched,
     )
 
 

@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 from sslx.config import UserError
 
 CONVENTION = ("2 FLOPs per multiply-add of dot_general and conv (padding is none), all networks and both passes; "
-              "model: masked attention by the pairs needed, no recomputation; hw: what runs")
+              "model: masked attention by the pairs needed, no recomputation; hw: what runs; full attention: as model, "
+              "masked or not; 6nd: 6 x parameters without embeddings x tokens seen (Kaplan et al. 2020)")
 
 UNSCOPED = "loss"  # what an objective computes in no scope is its loss
 
@@ -40,10 +41,12 @@ class Flops(NamedTuple):
 
     model: what the mathematics needs: masked attention by the pairs that are not masked, no recomputation.
     hw:    what runs: recomputation and masked products included.
+    full:  as `model`, but attention by all T x S pairs, masked or not, as many papers count it.
     """
 
     model: dict[str, int]
     hw: dict[str, int]
+    full: dict[str, int]
 
     @property
     def model_total(self) -> int:
@@ -53,6 +56,10 @@ class Flops(NamedTuple):
     def hw_total(self) -> int:
         return sum(self.hw.values())
 
+    @property
+    def full_total(self) -> int:
+        return sum(self.full.values())
+
 
 class Cost(NamedTuple):
     """One product: where it stands, outermost scope first, and what it costs."""
@@ -60,6 +67,7 @@ class Cost(NamedTuple):
     scopes: tuple[str, ...]
     model: int
     hw: int
+    full: int
 
 
 def count(fn: Callable, *args: Any, formulas: Mapping[str, Formula] | None = None) -> Flops:
@@ -73,11 +81,11 @@ def count(fn: Callable, *args: Any, formulas: Mapping[str, Formula] | None = Non
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    flops = Flops({}, {})
+    flops = Flops({}, {}, {})
     for cost in walk(live, (), FORMULAS | dict(formulas or {})):
         name = component(cost.scopes)
-        flops.model[name] = flops.model.get(name, 0) + cost.model
-        flops.hw[name] = flops.hw.get(name, 0) + cost.hw
+        for total, part in zip(flops, (cost.model, cost.hw, cost.full), strict=True):
+            total[name] = total.get(name, 0) + part
     return flops
 
 
@@ -121,7 +129,12 @@ def scaled(numerator: int, denominator: int) -> Any:
     return jax.named_scope(f"flops:{numerator}:{denominator}")
 
 
-SCALED = re.compile(r"flops:(\d+):(\d+)")
+def padded(numerator: int, denominator: int) -> Any:
+    """As `scaled`, for operands that hold padding and not for a mask: the full count leaves it out too."""
+    return jax.named_scope(f"flops:{numerator}:{denominator}:padding")
+
+
+SCALED = re.compile(r"flops:(\d+):(\d+)(:padding)?")
 
 
 # The walk
@@ -136,7 +149,7 @@ def equation(eqn: JaxprEqn, scopes: tuple[str, ...], formulas: Mapping[str, Form
     """The products of one equation."""
     primitive, kernel = eqn.primitive.name, kernel_name(eqn)
     if kernel in formulas:
-        return [kernel_cost(scopes, *formulas[kernel](eqn))]
+        return [kernel_cost(scopes, *formulas[kernel](eqn), UNMASKED.get(kernel, formulas[kernel])(eqn)[0])]
     if primitive == "dot_general":
         return [product_cost(scopes, dot_flops(eqn))]
     if primitive == "conv_general_dilated":
@@ -154,7 +167,7 @@ def equation(eqn: JaxprEqn, scopes: tuple[str, ...], formulas: Mapping[str, Form
         raise UserError(f"the FLOPs of a while loop in {place(scopes)} cannot be counted, as its number of trips"
                         " is not known: use jax.lax.scan, or fori_loop with constant bounds")
     times = trips(eqn)
-    return [Cost(c.scopes, c.model * times, c.hw * times) for c in costs]
+    return [Cost(c.scopes, c.model * times, c.hw * times, c.full * times) for c in costs]
 
 
 # These multiply matrices, and their equations do not show how.
@@ -196,18 +209,26 @@ def place(scopes: tuple[str, ...]) -> str:
 
 def product_cost(scopes: tuple[str, ...], flops: int) -> Cost:
     """A product that the walker sees: recomputed it is no model FLOPs, in a `scaled` scope a part of them."""
-    return Cost(names(scopes), 0 if RECOMPUTED in scopes else needed(scopes, flops), flops)
+    return cost(scopes, flops, flops, flops)
 
 
-def kernel_cost(scopes: tuple[str, ...], model: int, hw: int) -> Cost:
+def kernel_cost(scopes: tuple[str, ...], model: int, hw: int, full: int) -> Cost:
     """Products counted by a formula: a kernel that a `scaled` scope stands around runs no more than is needed."""
-    return Cost(names(scopes), 0 if RECOMPUTED in scopes else needed(scopes, model), needed(scopes, hw))
+    return cost(scopes, model, needed(scopes, hw), full)
 
 
-def needed(scopes: tuple[str, ...], flops: int) -> int:
-    """The part of a product that the `scaled` scopes around it say is needed."""
-    for numerator, denominator in (map(int, m.groups()) for m in map(SCALED.fullmatch, scopes) if m):
-        flops = flops * numerator // denominator
+def cost(scopes: tuple[str, ...], model: int, hw: int, full: int) -> Cost:
+    """What is left of `model` and `full` where the scopes say that not all is needed, or that it runs again."""
+    if RECOMPUTED in scopes:
+        return Cost(names(scopes), 0, hw, 0)
+    return Cost(names(scopes), needed(scopes, model), hw, needed(scopes, full, masks=False))
+
+
+def needed(scopes: tuple[str, ...], flops: int, masks: bool = True) -> int:
+    """The part of a product that the scopes around it say is needed: those of padding and, with `masks`, of masks."""
+    for numerator, denominator, padding in (m.groups() for m in map(SCALED.fullmatch, scopes) if m):
+        if masks or padding:
+            flops = flops * int(numerator) // int(denominator)
     return flops
 
 
@@ -251,17 +272,17 @@ def taps(n_in: int, n_kernel: int, n_out: int, stride: int, pad: int, in_dilatio
     return meeting
 
 
-def cudnn_attention(products: int, recomputed: int) -> Formula:
+def cudnn_attention(products: int, recomputed: int, masked: bool = True) -> Formula:
     """The formula of a cuDNN attention kernel: so many T x S x K products are needed, and run again.
 
-    The kernel skips what a causal mask or a sliding window hides, so both counts leave it out.
+    The kernel skips what a causal mask or a sliding window hides, so both counts leave it out, if `masked`.
     """
     def formula(eqn: JaxprEqn) -> tuple[int, int]:
         query, key = map(shape, eqn.invars[:2])
         time_axis, head_axis = (1, 2) if eqn.params["layout"] == 0 else (2, 1)
         T, S, H, K = query[time_axis], key[time_axis], query[head_axis], query[3]
-        causal = "CAUSAL" in eqn.params["mask_type"].name
-        window = eqn.params["sliding_window_length"] or T + S
+        causal = masked and "CAUSAL" in eqn.params["mask_type"].name
+        window = (masked and eqn.params["sliding_window_length"]) or T + S
         pairs = sum(min(t + 1, S, window) for t in range(T)) if causal else T * S
         flops = 2 * query[0] * H * K * pairs
         return products * flops, (products + recomputed) * flops
@@ -287,6 +308,12 @@ FORMULAS: dict[str, Formula] = {
        for segmented in ("", "_segmented") for residuals in ("residuals", "no_residuals")},
     **{f"splash_mha_dkv{segmented}_no_residuals": splash_attention(products=4, recomputed=1)
        for segmented in ("", "_segmented")},
+}
+
+# Of kernels whose formulas leave out what a mask hides: by all pairs.
+UNMASKED: dict[str, Formula] = {
+    "dot_product_attention_fwd_wrapper": cudnn_attention(products=2, recomputed=0, masked=False),
+    "dot_product_attention_bwd_wrapper": cudnn_attention(products=4, recomputed=1, masked=False),
 }
 
 

@@ -326,7 +326,7 @@ class Experts(nn.Module):
         w_down = weight(self, "down", init, (E, F, D), ("experts", "hidden", "expert_embed"))
         rows, there = spec("batch"), P(("data", "fsdp"), "expert")
         x_BECD = jax.sharding.reshard(x_BECD, there)
-        with flops.scaled(min(needed), needed[1]):
+        with flops.padded(min(needed), needed[1]):
             h = jnp.einsum("becd,edgf->becgf", x_BECD, gather(w_up.astype(self.dtype)))
             h_BECF = nn.silu(h[..., 0, :]) * h[..., 1, :]
             y_BECD = jnp.einsum("becf,efd->becd", h_BECF, gather(w_down.astype(self.dtype)), out_sharding=there)
@@ -462,7 +462,7 @@ class Conv(nn.Module):
         x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
         patches = [x[:, i:i + s * (rows - 1) + 1:s, j:j + s * (cols - 1) + 1:s] for i in range(k) for j in range(k)]
         needed = flops.taps(height, k, rows, s, pad) * flops.taps(width, k, cols, s, pad)
-        with flops.scaled(needed, rows * cols * k * k):  # the patches hold the padding
+        with flops.padded(needed, rows * cols * k * k):
             return jnp.einsum("bhwp,po->bhwo", jnp.concatenate(patches, -1), w.reshape(-1, self.features))
 
 

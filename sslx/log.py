@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,21 +29,28 @@ Record = dict[str, Any]
 class Logger:
     """Writes one workdir's log, from one process (`show`); the others' loggers do nothing.
 
-    earlier: seconds of the run before it was resumed, by what they were spent on (`clock.Clock`).
+    A run that is not resumed, at `resume_step`, begins with the `history` of its trunk, if it is a branch.
+
+    earlier: seconds of the run before it was resumed, by what they were spent on (`clock.Clock`). earlier_j: joules,
+    NaN if they are not known.
     """
 
-    def __init__(self, workdir: pathlib.Path, run: Record, resume_step: int | None, total_steps: int, show: bool):
-        self.show, self.earlier, self.shown_at = show, {}, -1
+    def __init__(self, workdir: pathlib.Path, run: Record, resume_step: int | None, total_steps: int, show: bool,
+                 history: Sequence[Record] = ()):
+        self.show, self.earlier, self.earlier_j, self.shown_at = show, {}, 0.0, -1
         self.path, self.run = workdir / "metrics.jsonl", {"kind": "run", "schema_version": SCHEMA_VERSION, **run}
         if not show:
             return
         self.bar = tqdm(total=total_steps, unit="step", file=sys.stdout, dynamic_ncols=True, smoothing=0.05,
                         disable=not sys.stdout.isatty())
         if resume_step is None:
-            write_atomically(self.path, line(self.run))
-            self.open_board(0)
-        else:
+            write_atomically(self.path, "".join(map(line, (self.run, *history))))
+        if resume_step is not None:
             self.earlier = self.rewind(resume_step, "resumed")
+        elif history:
+            self.earlier = self.rewind(run["branched_from"]["step"], "branched")
+        else:
+            self.open_board(0)
 
     def open_board(self, step: int) -> None:
         """TensorBoard from `step` on; what it shows of later ones was dropped."""
@@ -59,6 +67,7 @@ class Logger:
         happened = [e for e in events(self.path.parent) if e["step"] <= step or "lost_s" in e]
         kept = [p for p in points if p["step"] <= step]
         spent = kept[-1].get("spent", {"step": kept[-1].get("wall_s", 0.0)}) if kept else {}
+        self.earlier_j = kept[-1].get("energy_j", math.nan) if kept else math.nan
         spent |= {"lost": sum(e.get("lost_s", 0.0) for e in happened)}
         now_s = max((p.get("wall_s", 0.0) for p in points), default=0.0) if wall_s is None else wall_s
         lost_s = max(0.0, now_s - sum(spent.values()))
@@ -82,7 +91,8 @@ class Logger:
         metrics, fields = strict(metrics), strict(fields)
         self.append({"kind": "point", "step": step, **fields, "split": split, "metrics": metrics})
         numbers = {f"{split}/{name}".replace("@", "_"): v for name, v in metrics.items()}
-        numbers |= {name: fields[name] for name in ("lr", "tokens_per_s", "mfu") if name in fields}
+        numbers |= {name: fields[name] for name in ("lr", "tokens_per_s", "mfu", "hfu", "joules_per_token")
+                    if name in fields}
         for name, value in numbers.items():
             if value is not None:
                 self.board.add_scalar(name, value, step)
@@ -187,9 +197,10 @@ def parse(text: bytes) -> Record:
         case {"kind": "point", "step": int(), "split": str(), "metrics": dict(metrics)}:
             wrong = [k for k, value in metrics.items() if value is not None and not is_number(value)]
             spent = record.get("spent") or {}
-            times = {"wall_s": record.get("wall_s", 0), **spent} if isinstance(spent, dict) else {"spent": spent}
+            times = {"spent": spent} if not isinstance(spent, dict) else spent | {
+                name: record.get(name, 0) for name in ("wall_s", "energy_j")}
             wrong += [k for k, value in times.items() if not is_number(value)]
-        case ({"kind": "event", "step": int(), "event": "resumed" | "collapsed"}
+        case ({"kind": "event", "step": int(), "event": "resumed" | "branched" | "collapsed"}
               | {"kind": "event", "step": int(), "event": "skipped", "why": str()}
               | {"kind": "event", "step": int(), "event": "rolled back", "why": str(), "bad_step": int(),
                  "passed_over": [int(), int()]}):

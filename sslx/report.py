@@ -445,16 +445,18 @@ def facts(run: Record, points: Sequence[Record], step: int) -> list[tuple[str, s
     """(name, value, remark) of what is known."""
     end = max(points, key=lambda p: p["step"], default={})
     medians = {k: statistics.median([v for _, v in series(points, "train", k)] or [math.nan])
-               for k in ("tokens_per_s", "mfu")}
+               for k in ("tokens_per_s", "mfu", "hfu")}
     total, inner = run.get("n_params"), run.get("n_params_nonembedding")
     found: list[tuple[str, Any, Callable[[float, int], str], str]] = [
         ("parameters", total, number, f"{number(inner, 3)} without embeddings" if finite(inner) else ""),
         ("step", step, whole, f"of {whole(run['total_steps'])}" if finite(run.get("total_steps")) else ""),
         ("tokens seen", end.get("tokens_seen"), number,
          f"{number(end['epochs'], 3)} epochs" if finite(end.get("epochs")) else ""),
-        ("model FLOPs", end.get("flops_model"), scientific, ""),
+        ("model FLOPs", end.get("flops_model"), scientific,
+         f"6 N D: {scientific(end['flops_6nd'], 3)}" if finite(end.get("flops_6nd")) else ""),
         ("tokens/s", medians["tokens_per_s"], number, "median"),
-        ("MFU", medians["mfu"], percent, "median"),
+        ("MFU", medians["mfu"], percent, f"HFU {percent(medians['hfu'])}" if finite(medians["hfu"]) else "median"),
+        ("energy per token", end.get("joules_per_token"), lambda joules, digits: f"{scientific(joules, digits)} J", ""),
         ("wall time", end.get("wall_s"), duration, ""),
         ("batch size", run.get("batch_size"), whole, ""),
     ]
@@ -559,7 +561,8 @@ def monitor_plots(points: Sequence[Record]) -> list[Html]:
 
 def machine_plots(points: Sequence[Record]) -> list[Html]:
     shown = {"lr": Quantity("learning rate", scientific), "tokens_per_s": Quantity("tokens/s"),
-             "mfu": Quantity("MFU", percent)}
+             "mfu": Quantity("MFU", percent), "hfu": Quantity("HFU", percent),
+             "joules_per_token": Quantity("joules per token", scientific)}
     return [plot(y.label, STEP, y, {"train": series(points, "train", field)}, {}) for field, y in shown.items()]
 
 

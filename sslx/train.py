@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from sslx import distributed, experiment, flops, guards, log, report, state, workdir
+from sslx import branches, checkpoint, distributed, energy, experiment, flops, guards, log, report, state, workdir
 from sslx.checkpoint import Checkpoints
 from sslx.clock import Clock, Interrupt
 from sslx.data import pipeline
@@ -129,30 +129,41 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
                                  workers=data.workers)
         return (({name: x for name, x in batch.items() if name != "label"}, host) for batch, host in found)
 
+    trunk = branches.trunk_of(options)
+    if trunk and not checkpoint.steps(folder / "checkpoints"):
+        branches.check(trunk, conf, source.info.fingerprint)
     example = next(batches(0, 1))[0]
     unborn = state.abstract(objective, optimizer, options.seed, example)
     counted = count_flops(objective, unborn, example)
     # Only a config whose networks and loss can be traced lays claim to the workdir.
     with workdir.locked(folder):
         workdir.claim(folder, conf, source.info.fingerprint)
-        checkpoints = Checkpoints(folder, options.keep, options.keep_every, options.keep_best)
+        checkpoints = Checkpoints(folder, options.keep, options.keep_every, options.keep_best, options.keep_at)
+        origin = trunk.step if trunk else 0
 
         def restored(saved: int | None) -> tuple[TrainState, int]:
             """(state, bad records passed over): each process counts those of its rows, process 0 on top of earlier."""
-            if saved is None:
-                return state.create(objective, optimizer, options.seed, example), 0
-            return checkpoints.restore(saved, unborn), 0 if process else checkpoints.bad_records(saved)
+            if saved is not None:
+                current, bad = checkpoints.restore(saved, unborn), checkpoints.bad_records(saved)
+            elif trunk:
+                current, bad = trunk.restore(unborn)
+            else:
+                current, bad = state.create(objective, optimizer, options.seed, example), 0
+            return current, 0 if process else bad
 
         resumed = checkpoints.latest()
         current, bad_records = restored(resumed)
-        step = start = resumed or 0
-        met = guards.Met([] if resumed is None else log.events(folder), start, options.max_bad_steps)
+        step = start = origin if resumed is None else resumed
+        history = trunk.history() if trunk and resumed is None else []
+        events = [r for r in history if r["kind"] == "event"] if resumed is None else log.events(folder)
+        met = guards.Met(events, start, options.max_bad_steps)
         peak = flops.peak_flops(jax.devices()[0], conf["model"].get("dtype", "bfloat16"))
         record = experiment.record(built, current, counted, peak)
-        logger = log.Logger(folder, record, resumed, options.steps, process == 0)
+        logger = log.Logger(folder, record, resumed, options.steps, process == 0, history)
         logger.say(f"{record['objective']} on {source.info.name}: {record['n_params']:,} parameters,"
                    f" {counted.model_total:.3g} FLOPs a step, mesh {dict(mesh.shape)}"
-                   + ("" if resumed is None else f", resumed at step {start}"))
+                   + (f", resumed at step {start}" if resumed is not None else
+                      f", branched from {trunk.workdir} at step {start}" if trunk else ""))
         if options.overlap and not built.compiler_options:
             logger.say(f"run.overlap: no options are known that would change anything on {mesh.size} x"
                        f" {record['device']}")
@@ -162,15 +173,19 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
         show = objective.show and jax.jit(objective.show)
         n_shown = batch_shards(mesh) * math.ceil(N_SHOWN / batch_shards(mesh))
         shown_batch = next(batches(0, 1, n_shown))[0]
-        clock, interrupted = Clock(logger.earlier, began), Interrupt(start)
+        clock, interrupted = Clock(logger.earlier, began, energy.meter(), logger.earlier_j), Interrupt(start)
         watchdog = Watchdog(options.hang_s, folder / "stacks")
         tokens_seen = state.exact(np.asarray(current.tokens))
 
         def point(step: int, split: str, metrics: dict[str, float], bad_records: int, **fields: Any) -> None:
             done = step - met.passed_over(step)
             spent, examples = done * counted.model_total, done * data.batch_size
+            energy_j = distributed.total(clock.energy_j)
+            if math.isfinite(energy_j):
+                fields |= {"energy_j": energy_j, "joules_per_token": energy_j / tokens_seen if tokens_seen else None}
             logger.point(step=step, examples=examples, tokens_seen=tokens_seen, flops_model=spent,
-                         flops_hw=done * counted.hw_total, tokens_per_flop=tokens_seen / spent if spent else None,
+                         flops_hw=done * counted.hw_total, flops_6nd=6 * record["n_params_nonembedding"] * tokens_seen,
+                         tokens_per_flop=tokens_seen / spent if spent else None,
                          epochs=examples / len(source.examples), phase=optimizer.phase(step), split=split,
                          metrics=metrics, bad_records=distributed.total(bad_records), wall_s=clock.wall(),
                          spent=clock.spent, **fields)
@@ -207,11 +222,12 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
             if bad:
                 meet(step, guards.reason(step, numbers["loss"], numbers["grad_norm"], limits_2))
             speed = clock.speed(step, tokens_seen)
-            mfu = speed.steps_per_s * counted.model_total / (peak * mesh.size) if peak else None
+            mfu, hfu = (speed.steps_per_s * n / (peak * mesh.size) if peak else None
+                        for n in (counted.model_total, counted.hw_total))
             logger.progress(step, loss=numbers["loss"], tokens_per_s=speed.tokens_per_s, mfu=mfu)
             if step % options.log_every == 0 or step == options.steps:
                 point(step, "train", numbers, bad_records, lr=float(optimizer.learning_rate(step - 1)),
-                      cpu_s=clock.cpu(), tokens_per_s=speed.tokens_per_s, mfu=mfu)
+                      cpu_s=clock.cpu(), tokens_per_s=speed.tokens_per_s, mfu=mfu, hfu=hfu)
 
         def meet(step: int, why: str) -> None:
             """A bad step: the state is as if it had not been, or the loop rolls back, or the run ends."""
@@ -225,7 +241,7 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
         def roll_back(bad: guards.BadStep) -> tuple[int, TrainState, int]:
             """(step, state, bad records) of the newest sound checkpoint."""
             saved = checkpoints.newest_sound()
-            to = saved or 0
+            to = origin if saved is None else saved
             over = met.pass_over(bad.step, to)
             if logger.show:
                 clock.rewind(logger.rewind(to, "rolled back", clock.wall(), why=bad.why, bad_step=bad.step,
@@ -249,7 +265,7 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
         with contextlib.ExitStack() as closing:
             for close in (watchdog.close, interrupted.restore, logger.close, checkpoints.close):
                 closing.callback(close)
-            if start == 0:
+            if start == 0 and options.eval_first:
                 evaluate(0)
             clock.charge("start_up")
             watchdog.feed("compiling the step", SLACK_S)
@@ -280,7 +296,7 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
                         pending = measured
                         stop = interrupted.stops_after(step) or step == options.steps
                         judge = step == options.steps or step % options.eval_every == 0
-                        keep = (stop or step % options.save_every == 0 or due(step)
+                        keep = (stop or step % options.save_every == 0 or step in options.keep_at or due(step)
                                 or (judge and options.keep_best is not None))
                         if pending and (keep or judge):  # only when the metrics of the very step are known to be sound
                             read(*pending)

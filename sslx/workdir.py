@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -16,12 +16,12 @@ import jax
 from sslx import distributed
 from sslx.config import UserError
 
-# What may differ between a run and its resumption: it changes nothing of what is computed, or only what is done about
-# a bad step.
-FREE = ("mesh", "evals", "data.workers", "run.overlap", "run.log_every", "run.eval_every", "run.save_every",
-        "run.save_minutes", "run.keep", "run.keep_every", "run.keep_best", "run.on_bad_step", "run.spike",
-        "run.max_bad_steps", "run.on_collapse", "run.hang_s", "run.check_replicas_every", "run.recompute_every",
-        "run.record_examples")
+# What may differ between a run and its resumption: it changes nothing of what is computed (a branch computes what a run
+# without a trunk does), or only what is done about a bad step.
+FREE = ("mesh", "evals", "data.workers", "run.overlap", "run.log_every", "run.eval_every", "run.eval_first",
+        "run.save_every", "run.save_minutes", "run.keep", "run.keep_every", "run.keep_best", "run.keep_at",
+        "run.trunk", "run.trunk_step", "run.on_bad_step", "run.spike", "run.max_bad_steps", "run.on_collapse",
+        "run.hang_s", "run.check_replicas_every", "run.recompute_every", "run.record_examples")
 
 TEMPORARY = re.compile(r"\..+\.\d+")  # of `write_atomically`
 LOCK = "LOCK"
@@ -37,7 +37,7 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], fingerprint: str) -> No
     UserError with the differences if it holds a run of another config or of other data.
     """
     path, checkpoints = workdir / "config.json", workdir / "checkpoints"
-    mine = flat(config) | {"data fingerprint": fingerprint}
+    mine = identity(config, fingerprint)
     if jax.process_index() == 0 and not path.exists():
         if checkpoints.exists() and any(checkpoints.iterdir()):
             raise UserError(f"{checkpoints} holds checkpoints, and {path}, which says of what, is missing. Put it back,"
@@ -48,13 +48,21 @@ def claim(workdir: pathlib.Path, config: dict[str, Any], fingerprint: str) -> No
     if not path.exists():
         raise UserError(f"process 0 has just written {path}, and here it does not exist: --workdir takes a folder that"
                         " all processes share, such as one on NFS or a mounted bucket")
-    theirs = bound(path)
-    changed = {k: (theirs.get(k), mine.get(k)) for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k)}
-    changed = {k: v for k, v in changed.items() if not any(k == f or k.startswith(f + ".") for f in FREE)}
-    if changed:
-        lines = "; ".join(f"{k} was {old!r}, now {new!r}" for k, (old, new) in changed.items())
-        raise UserError(f"{workdir} holds a run of another config ({lines}). Use another --workdir, or the config"
+    if changed := difference(bound(path), mine, FREE):
+        raise UserError(f"{workdir} holds a run of another config ({changed}). Use another --workdir, or the config"
                         f" of that run ({path})")
+
+
+def identity(config: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+    """What a workdir is bound to."""
+    return flat(config) | {"data fingerprint": fingerprint}
+
+
+def difference(theirs: dict[str, Any], mine: dict[str, Any], free: Collection[str]) -> str:
+    """In words, which fields outside of `free` differ between two flat configs; "" if none does."""
+    changed = [k for k in sorted({*theirs, *mine}) if theirs.get(k) != mine.get(k)
+               and not any(k == f or k.startswith(f + ".") for f in free)]
+    return "; ".join(f"{k} was {theirs.get(k)!r}, now {mine.get(k)!r}" for k in changed)
 
 
 def bound(path: pathlib.Path) -> dict[str, Any]:

@@ -217,6 +217,7 @@ def test_causal_attention_is_counted_causally_in_the_model(remat):
     pairs = T * (T + 1) // 2
     assert counted.model_total == 3 * 2 * (2 * B * H * pairs * K)
     assert counted.hw_total == (7 if remat else 6) * (2 * B * H * T * T * K)
+    assert counted.full_total == 6 * (2 * B * H * T * T * K)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -232,7 +233,8 @@ def test_cudnn_attention_equals_the_plain_products(causal, monkeypatch):
 
     counted = flops.count(jax.value_and_grad(loss, (0, 1, 2)), q, q, q)
     product = 2 * B * H * K * (T * (T + 1) // 2 if causal else T * T)
-    assert counted == flops.Flops({"loss": 6 * product}, {"loss": 7 * product})
+    full = 2 * B * H * K * T * T
+    assert counted == flops.Flops({"loss": 6 * product}, {"loss": 7 * product}, {"loss": 6 * full})
 
 
 def test_a_kernel_needs_a_formula():
@@ -243,7 +245,16 @@ def test_a_kernel_needs_a_formula():
     with pytest.raises(UserError, match="'square' in teacher"):
         flops.count(jax.named_scope("teacher")(kernel), f32(8, 8))
     formula = lambda eqn: (2 * eqn.invars[0].aval.shape[0] ** 3, 9)  # noqa: E731
-    assert flops.count(kernel, f32(8, 8), formulas={"square": formula}) == ({"loss": 2 * 8**3}, {"loss": 9})
+    counted = flops.count(kernel, f32(8, 8), formulas={"square": formula})
+    assert counted == ({"loss": 2 * 8**3}, {"loss": 9}, {"loss": 2 * 8**3})
+
+
+def test_padding_is_no_work_in_any_count_of_the_model():
+    def product(x):
+        with flops.padded(3, 4):
+            return x @ x
+
+    assert flops.count(product, f32(8, 8)) == ({"loss": 768}, {"loss": 1024}, {"loss": 768})
 
 
 def test_components_are_the_outermost_names():
