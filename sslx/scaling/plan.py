@@ -1,10 +1,11 @@
 """python -m sslx.scaling.plan --law LAW.json
-       --budget FLOPS | --chip-hours H --chip v5p [--mfu .4] | --money USD --price-per-chip-hour P --chip v5p [--mfu .4]
+       --budget FLOPS | --chip-hours H --chip v5p [--mfu .4]
+                      | --money USD --price-per-chip-hour P --chip v5p [--mfu .4]
        [--inference-tokens T] [--unique TOKENS] [--n n_params|n_params_nonembedding]
        [--config configs/X.py[:arg] [--topology v5p:4x4x4] [--config.a.b=value]] [--json OUT]
 
 What to do with a budget, by a law of python -m sslx.scaling.fit --json: sizes and amounts of data whose loss is within
-.5 % of the best, smaller networks of the same loss that are cheaper to use, how often data may be repeated, and the run.
+.5 % of the best, smaller networks of the same loss that are cheaper to use, how often data may repeat, and the run.
 
 --mfu               model FLOPs utilization to expect of the chips; of --topology as well. .4 if not given.
 --inference-tokens  that the network will read or write in its life, 2 N FLOPs each.
@@ -78,8 +79,8 @@ def flat_region(law: Law, c: float, unique: float | None = None) -> tuple[Choice
     Raises UserError for a law without N and D.
     """
     if not {"A", "B"} <= law.params.keys():
-        raise UserError(f"--law is of the form {law.form!r}, which knows compute only, and has no best size: fit one with"
-                        " --form chinchilla")
+        raise UserError(f"--law is of the form {law.form!r}, which knows compute only, and has no best size: fit one"
+                        " with --form chinchilla")
     n = np.geomspace(1e2, c / 6, 8001)
     d = c / law.flops.of(n, 1.0)
     loss = law.loss(n, d, unique)
@@ -90,7 +91,7 @@ def flat_region(law: Law, c: float, unique: float | None = None) -> tuple[Choice
 
 
 def data_for(law: Law, n: Array, loss: float, start: float, unique: float | None = None) -> Array:
-    """float[P], the data with which sizes n[P] reach a loss, between `start` and MOST_DATA times it; NaN if none does."""
+    """float[P], the data with which sizes n[P] reach a loss, from `start` to MOST_DATA times it; NaN if none does."""
     low, high = np.full(len(n), math.log(start)), np.full(len(n), math.log(start * MOST_DATA))
     reached = law.loss(n, np.exp(high), unique) <= loss
     for _ in range(60):
@@ -120,7 +121,7 @@ def for_inference(law: Law, best: Choice, tokens: float, unique: float | None = 
 
 
 def within_epochs(law: Law, c: float, unique: float, epochs: float = EPOCHS) -> Choice:
-    """The largest amount of data that repeats what there is so often, and the size that spends the rest of c FLOPs."""
+    """Data that repeat what there is so often, and the size that spends the rest of c FLOPs."""
     d = unique * epochs
     n = np.geomspace(1e2, c / 6, 8001)
     best = n[np.abs(np.log(law.flops.of(n, d) / c)).argmin()]
@@ -137,11 +138,12 @@ def cautions(law: Law, c: float, best: Choice, unique: float | None) -> list[str
     found = list(law.report["warnings"])
     reached = max((f["extrapolation"] for f in law.report["backtest"]["folds"]), default=1.0)
     if beyond > FAR or beyond > reached > 1:
-        found.append(f"the budget is {beyond:.3g} times the largest that was fitted; back-tests reached {reached:.3g} times")
+        found.append(f"the budget is {beyond:.3g} times the largest that was fitted; back-tests reached"
+                     f" {reached:.3g} times")
     if unique is not None and best.d > EPOCHS * unique:
         known = "" if law.form == "data-constrained" else ", and the law, which knows fresh data only, expects too much"
-        found.append(f"the best choice repeats the data {best.d / unique:.3g} times: beyond about {EPOCHS:g} epochs it is"
-                     f" worth less and less (Muennighoff et al. 2023){known}")
+        found.append(f"the best choice sees the data {best.d / unique:.3g} times: beyond about {EPOCHS:g} epochs they"
+                     f" are worth less and less (Muennighoff et al. 2023){known}")
     return found
 
 
@@ -171,8 +173,8 @@ def budget_of(flags: dict[str, Any]) -> tuple[float, str]:
             raise UserError(f"--{name} is {flags[name]:g}; it takes a positive number")
     ways = [name for name in ("budget", "chip-hours", "money") if flags[name] is not None]
     if len(ways) != 1:
-        raise UserError(f"{' and '.join(f'--{w}' for w in ways) or 'no budget'} given: a plan takes one of --budget FLOPS,"
-                        " --chip-hours H --chip v5p, --money USD --price-per-chip-hour P --chip v5p")
+        raise UserError(f"{' and '.join(f'--{w}' for w in ways) or 'no budget'} given: a plan takes one of"
+                        " --budget FLOPS, --chip-hours H --chip v5p, --money USD --price-per-chip-hour P --chip v5p")
     if flags["mfu"] is not None and flags["mfu"] > 1:
         raise UserError(f"--mfu is {flags['mfu']:g}; it takes a share from 0 to 1, such as .4")
     if ways == ["budget"]:
@@ -210,8 +212,9 @@ def table(found: dict[str, Any]) -> str:
              f"as good, within {FLAT:.1%} of the loss:", f"  {'N':>10} {'D':>10} {'D/N':>7} {'loss':>8}"]
     lines += [f"  {x['n']:>10.4g} {x['d']:>10.4g} {x['d'] / x['n']:>7.3g} {x['loss']:>8.4f}"
               + ("  best" if x["n"] == best["n"] else "") for x in flat]
-    lines += ["as good as the best, and cheaper to use:" if found["overtraining"] else "no smaller network is as good",
-              *[f"  {'N':>10} {'D':>10} {'D/N':>7} {'training':>9} {'inference':>10}  pays from"] * bool(found["overtraining"])]
+    if found["overtraining"]:
+        lines += ["as good as the best, and cheaper to use:",
+                  f"  {'N':>10} {'D':>10} {'D/N':>7} {'training':>9} {'inference':>10}  pays from"]
     lines += [f"  {s['n']:>10.4g} {s['d']:>10.4g} {s['d'] / s['n']:>7.3g} {s['overhead']:>+9.1%} {-s['saving']:>+10.1%}"
               f"  {s['pays_from']:.3g} tokens" for s in found["overtraining"]]
     if "inference" in found:
@@ -251,7 +254,8 @@ def plan(law: Law, c: float, text: str = "", inference_tokens: float | None = No
     """What to do with c FLOPs: the JSON of the command, without the run."""
     best, flat = flat_region(law, c, unique)
     found: dict[str, Any] = dict(
-        budget=dict(flops=c, text=text or f"{c:.4g} FLOPs", beyond=c / law.c_max), warnings=cautions(law, c, best, unique),
+        budget=dict(flops=c, text=text or f"{c:.4g} FLOPs", beyond=c / law.c_max),
+        warnings=cautions(law, c, best, unique),
         optimum=best._asdict(), flat=[x._asdict() for x in flat],
         overtraining=[s._asdict() for s in smaller(law, best, np.array(SMALLER), unique)])
     if inference_tokens is not None:

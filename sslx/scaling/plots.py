@@ -27,12 +27,12 @@ MARKS = "osD^vP*X<>"
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)), (0, (6, 1, 1, 1, 1, 1)))
 DARK, SOFT = "#1a1a1a", "#8a8a8a"
 STYLE: Any = {
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"], "font.size": 7.5,
-    "axes.titlesize": 7.5, "axes.labelsize": 7.5, "legend.fontsize": 6.5, "xtick.labelsize": 6.5,
-    "ytick.labelsize": 6.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.minor.width": 0.4,
-    "ytick.minor.width": 0.4, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "legend.handlelength": 1.8, "legend.borderaxespad": 0.2, "lines.linewidth": 1.2, "lines.markersize": 3.5,
-    "svg.fonttype": "none", "svg.hashsalt": "sslx", "pdf.fonttype": 42, "savefig.facecolor": "none",
+    "font.family": "sans-serif", "font.size": 7.5, "axes.titlesize": 7.5, "axes.labelsize": 7.5, "legend.fontsize": 6.5,
+    "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6, "xtick.minor.width": 0.4, "ytick.minor.width": 0.4, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "legend.handlelength": 1.8, "legend.borderaxespad": 0.2,
+    "lines.linewidth": 1.2, "lines.markersize": 3.5, "svg.fonttype": "none", "svg.hashsalt": "sslx",
+    "pdf.fonttype": 42, "savefig.facecolor": "none",
 }
 
 
@@ -217,7 +217,7 @@ def backtests(law: Law) -> Plot:
     log_x(ax, "compute beyond the fit (factor)")
     ax.set_ylabel("predicted / measured − 1 (%)")
     if len(groups) > 1:
-        ax.legend(title="fit, the earliest first", ncols=2, loc="best")
+        ax.legend(title="fit, the\nearliest first", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
@@ -232,7 +232,8 @@ def predictions(predicted: Sequence[Mapping[str, float]], measured: Points, labe
         ax.plot(p["loss"], y, "|", color=DARK, markersize=9, markeredgewidth=1.4)
         ax.plot(measured.loss[i], y, "D", color="#c8442b", markeredgewidth=0, markersize=4,
                 label="measured" if y == 0 else None)
-        ax.annotate(f"{measured.loss[i] / p['loss'] - 1:+.1%}", (1.01, y), xycoords=("axes fraction", "data"),
+        off = f"{measured.loss[i] / p['loss'] - 1:+.1%}".replace("-", "−")
+        ax.annotate(off, (1.01, y), xycoords=("axes fraction", "data"),
                     va="center", fontsize=6.5)
     ax.set_yticks(range(len(rows)), [f"$N$ {power(p['n'])}\n$D$ {power(p['d'])}" for p, _ in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)

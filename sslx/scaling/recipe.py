@@ -1,4 +1,4 @@
-"""From a planned size and budget to the run: a shape in a config's proportions, its steps, and what a pod makes of it."""
+"""From a planned size and budget to the run: a shape in a config's proportions, its steps, and its time on a pod."""
 
 import functools
 import math
@@ -47,8 +47,8 @@ def recipe(study: Study, given: set[str], n: float, budget: float, count: str, r
     cost = study.cost(shape, rows)
     steps = round(budget / cost.flops)
     if steps < FEWEST_STEPS:
-        raise UserError(f"the budget is {steps} steps of {rows} rows, {cost.flops:.3g} FLOPs each: take a larger budget,"
-                        f" or fewer rows (--config.data.batch_size)")
+        raise UserError(f"the budget is {steps} steps of {rows} rows, {cost.flops:.3g} FLOPs each: take a larger one,"
+                        " or fewer rows (--config.data.batch_size)")
     changes = shape | {"data.batch_size": rows} | sweep.lasting(study, steps)
     if text and "optim.learning_rate" not in given and not study.sections["model"].get("base"):
         changes["optim.learning_rate"] = sweep.rate_of("steplaw", cost.n, d, study)
@@ -59,8 +59,8 @@ def size(study: Study, n: float, count: str) -> Changes:
     """Width, depth and heads nearest to `n` parameters and to the config's width : depth; a head keeps its width."""
     model = study.sections["model"]
     if missing := [name for name in ("width", "depth", "heads") if not model.get(name)]:
-        raise UserError(f"config.model has no {missing[0]}: a plan gives networks of width, depth and heads their shape."
-                        " Leave --config out, and choose the fields of this network for the size that the plan names")
+        raise UserError(f"config.model has no {missing[0]}: a plan shapes networks of width, depth and heads. Leave"
+                        " --config out, and choose the fields of this network for the size that the plan names")
     proportion, head = model["width"] / model["depth"], model["width"] // model["heads"]
     step = math.lcm(model["heads"] // model["kv_heads"] if model.get("kv_heads") else 1,
                     max(1, study.conf.mesh.get("tensor", 1)))  # heads go by groups of queries, and over devices
