@@ -133,8 +133,8 @@ def cautions(law: Law, c: float, best: Choice, unique: float | None) -> list[str
     beyond = c / law.c_max
     if beyond > TOO_FAR:
         raise UserError(f"the budget of {c:.3g} FLOPs is {beyond:.3g} times the largest that the law was fitted to,"
-                        f" {law.c_max:.3g}: no law is known to hold so far. Run some of {law.c_max * FAR:.3g} FLOPs, fit"
-                        " again, and see whether the law had predicted them")
+                        f" {law.c_max:.3g}: no law is known to hold so far. Run some of {law.c_max * FAR:.3g} FLOPs,"
+                        " fit again, and see whether the law had predicted them")
     found = list(law.report["warnings"])
     reached = max((f["extrapolation"] for f in law.report["backtest"]["folds"]), default=1.0)
     if beyond > FAR or beyond > reached > 1:

@@ -6,6 +6,7 @@ Each function draws one figure from points and laws and returns it; nothing is c
 import functools
 import io
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from sslx.config import UserError
+from sslx.log import Record
+from sslx.report import number, series
 from sslx.scaling.approaches import envelope, parabolas
 from sslx.scaling.forms import Array
 from sslx.scaling.law import CONFIDENCE, Law
@@ -27,10 +30,11 @@ MARKS = "osD^vP*X<>"
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1.5, 1, 1.5)), (0, (6, 1, 1, 1, 1, 1)))
 DARK, SOFT = "#1a1a1a", "#8a8a8a"
 STYLE: Any = {
-    "font.family": "sans-serif", "font.size": 7.5, "axes.titlesize": 7.5, "axes.labelsize": 7.5, "legend.fontsize": 6.5,
-    "xtick.labelsize": 6.5, "ytick.labelsize": 6.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6, "xtick.minor.width": 0.4, "ytick.minor.width": 0.4, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "legend.handlelength": 1.8, "legend.borderaxespad": 0.2,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 7.5, "axes.titlesize": 7.5,
+    "axes.labelsize": 7.5, "axes.facecolor": "none", "axes.linewidth": 0.6, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.fontsize": 6.5, "legend.title_fontsize": 6.5, "legend.frameon": False,
+    "legend.handlelength": 1.8, "legend.borderaxespad": 0.2, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5,
+    "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.minor.width": 0.4, "ytick.minor.width": 0.4,
     "lines.linewidth": 1.2, "lines.markersize": 3.5, "svg.fonttype": "none", "svg.hashsalt": "sslx",
     "pdf.fonttype": 42, "savefig.facecolor": "none",
 }
@@ -44,11 +48,15 @@ class Plot(Figure):
 
 
 def svg(figure: Figure) -> str:
-    """The <svg> element of a figure: text stays text."""
+    """The <svg> element of a figure, in few bytes. Text stays text, in a font as wide where the first is missing."""
     out = io.StringIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue().partition("<!DOCTYPE")[2].partition(">")[2].strip()
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = out.getvalue().partition("<!DOCTYPE")[2].partition(">")[2].strip()
+    for pattern, short in ((r"<!--.*?-->|(?<=>)\s+(?=<)", ""), (r"(\.\d\d)\d+", r"\1"),
+                           (r"; font-family: [^;\"]*", "")):
+        text = re.sub(pattern, short, text, flags=re.DOTALL)
+    return text.replace("<svg ", "<svg style=\"font-family: 'DejaVu Sans', Verdana, sans-serif\" ", 1)
 
 
 def styled(draw: Callable[..., Plot]) -> Callable[..., Plot]:
@@ -87,6 +95,8 @@ def log_axis(axis: Any, low: float, high: float) -> None:
     if high / low > 30:
         axis.set_major_locator(LogLocator(numticks=8))
         axis.set_minor_formatter(NullFormatter())
+        if high / low > 300:
+            axis.set_minor_locator(NullLocator())
         return
     if high / low > 3:
         ticks = [m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -317,25 +327,26 @@ def transfer(tried: Mapping[str, Sequence[Tried]], label: str = "loss") -> Plot:
     return figure
 
 
-class Curve(NamedTuple):
-    """What one run measured on its way: name, x and y."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-
-
 @styled
-def training(curves: Sequence[Curve], x: str = "model FLOPs", label: str = "training loss") -> Plot:
-    """Runs of one objective on their way, the lightest the last."""
-    figure, (ax,) = canvas(COLUMN if len(curves) <= 6 else PAGE)
-    for curve, shade, dash in zip(curves, shades(len(curves)), cycled(DASHES, len(curves)), strict=True):
-        ax.plot(curve.x, curve.y, color=shade, linestyle=dash, linewidth=0.9, label=curve.name)
-        ax.plot(curve.x[-1], curve.y[-1], "o", color=shade, markersize=2.5)
-    log_x(ax, x)
+def training(logs: Mapping[str, tuple[Record, Sequence[Record]]], metric: str = "loss", split: str = "train",
+             label: str = "training loss") -> Plot:
+    """A metric of runs of one objective, {name: (run, points)}, on their way; the smallest network is darkest."""
+    lines = {name: (run["n_params"], series(points, split, metric, "flops_model"))
+             for name, (run, points) in logs.items()}
+    ordered = sorted((n, name, line) for name, (n, line) in lines.items() if line)
+    sizes = sorted({n for n, _, _ in ordered})
+    of_size = dict(zip(sizes, zip(shades(len(sizes)), cycled(DASHES, len(sizes)), strict=True), strict=True))
+    figure, (ax,) = canvas()
+    for n, _, line in ordered:
+        shade, dash = of_size[n]
+        x, y = np.array(line).T
+        ax.plot(x, y, color=shade, linestyle=dash, linewidth=0.9)
+        ax.plot(x[-1], y[-1], "o", color=shade, markersize=2.5)
+    for n in sizes:
+        ax.plot([], [], color=of_size[n][0], linestyle=of_size[n][1], label=number(n, 3))
+    log_x(ax, "model FLOPs")
     log_y(ax, label)
-    ax.legend(loc="upper right" if len(curves) <= 6 else "upper left", ncols=1,
-              bbox_to_anchor=None if len(curves) <= 6 else (1.0, 1.0))
+    ax.legend(title="parameters", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

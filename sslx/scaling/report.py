@@ -13,17 +13,13 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from sslx import log
 from sslx.config import UserError
-from sslx.report import Html, document, number, percent, scientific, section, series, table, tag
+from sslx.report import Html, document, number, percent, scientific, section, table, tag
 from sslx.scaling import fit, plots, study
 from sslx.scaling.law import CONFIDENCE, Law
-from sslx.scaling.plots import Curve
 from sslx.scaling.points import Points, from_runs
-from sslx.scaling.study import Study
+from sslx.scaling.study import Logs, Study
 from sslx.workdir import write_atomically
-
-Logs = dict[str, tuple[log.Record, list[log.Record]]]  # {workdir: (run, points)}
 
 
 class Group(NamedTuple):
@@ -43,22 +39,17 @@ def page(folders: Iterable[pathlib.Path], metric: str = "heldout/loss", count: s
     """The page about studies, or about the runs below folders. Raises UserError if there are none."""
     folders = list(folders)
     studies = [f for f in folders if (f / "study.json").exists()]
-    groups = [of_study(study.read(f), logs_below([f / "runs"]) if (f / "runs").is_dir() else {}) for f in studies]
-    if rest := [f for f in folders if f not in studies]:
-        groups += of_runs(logs_below(rest), metric, count)
+    groups = [of_study(study.read(f), study.logs([f / "runs"]) if (f / "runs").is_dir() else {})
+              for f in studies]
+    rest = [f for f in folders if f not in studies]
+    if rest:
+        groups += of_runs(rest, metric, count)
     title = groups[0].title if len(groups) == 1 else f"{len(groups)} laws"
     written = datetime.datetime.now().astimezone().strftime("%-d %B %Y, %H:%M %Z")
-    everything = {name: found for g in groups for name, found in g.logs.items()}
     return document(f"Scaling: {title}", [
         tag("header", tag("h1", title), tag("p", written, class_="ids")),
-        *(part for g in groups for part in about(g, len(groups) > 1)),
-        section("Objectives at equal FLOPs", comparisons(everything, count))], STYLE)
-
-
-def logs_below(folders: Iterable[pathlib.Path]) -> Logs:
-    """The logs in all workdirs."""
-    found = {str(w): log.read(w) for w in study.workdirs(folders)}
-    return {name: (runs[-1], points) for name, (runs, points) in found.items() if runs}
+        *(part for g in groups for part in about(g, len(groups) > 1, metric)),
+        section("Objectives at equal FLOPs", comparisons(groups, rest, count))], STYLE)
 
 
 def of_study(found: Study, logs: Logs) -> Group:
@@ -66,16 +57,17 @@ def of_study(found: Study, logs: Logs) -> Group:
     return Group(found.title, found.label, logs, found.points, law, refused, found.predictions, found.measured)
 
 
-def of_runs(logs: Logs, metric: str, count: str) -> list[Group]:
+def of_runs(folders: list[pathlib.Path], metric: str, count: str) -> list[Group]:
     """A group for each objective and its data."""
-    kinds: dict[str, list[str]] = {}
-    for name, (run, _) in logs.items():
-        kinds.setdefault(f"{run['objective']} on {run['dataset']}", []).append(name)
+    kinds: dict[str, list[pathlib.Path]] = {}
+    for workdir in study.workdirs(folders):
+        for run, _ in study.logs([workdir]).values():
+            kinds.setdefault(f"{run['objective']} on {run['dataset']}", []).append(workdir)
     groups = []
-    for title, names in kinds.items():
-        own = {name: logs[name] for name in names}
+    for title, workdirs in kinds.items():
+        own = study.logs(workdirs)
         try:
-            points = from_runs([pathlib.Path(name) for name in names], metric, count)
+            points = from_runs(workdirs, metric, count)
         except UserError as error:
             groups.append(Group(title, metric, own, None, None, str(error)))
             continue
@@ -94,12 +86,12 @@ def attempted(points: Points) -> tuple[Law | None, str | None]:
 # ---- the parts of a group
 
 
-def about(g: Group, named: bool) -> list[Html]:
+def about(g: Group, named: bool, metric: str) -> list[Html]:
     """What is known of a group, from top to bottom."""
     warnings = [*([f"No law: {g.refused}"] if g.refused else []), *(g.law.report["warnings"] if g.law else [])]
     return [tag("h2", g.title) if named else Html(), facts(g),
             tag("ul", *(tag("li", w) for w in warnings), class_="notes") if warnings else Html(),
-            law_table(g.law), section("Figures", figures(g)), prediction_table(g), run_table(g)]
+            law_table(g.law), section("Figures", figures(g)), prediction_table(g), run_table(g, metric)]
 
 
 def facts(g: Group) -> Html:
@@ -144,14 +136,7 @@ def figures(g: Group) -> list[Html]:
             found.append(figure(plots.backtests(g.law), "Back-tests: earlier fits against later budgets"))
     if g.predictions and g.measured is not None:
         found.append(figure(plots.predictions(g.predictions, g.measured, g.label), "Predicted, then measured"))
-    return found + ([figure(plots.training(curves(g.logs)), "The runs on their way")] if g.logs else [])
-
-
-def curves(logs: Logs) -> list[Curve]:
-    """The training loss of each run against its FLOPs, the smallest network first."""
-    ordered = sorted(logs.items(), key=lambda item: (item[1][0]["n_params"], item[1][0]["total_steps"]))
-    lines = {pathlib.Path(name).name: series(points, "train", "loss", "flops_model") for name, (_, points) in ordered}
-    return [Curve(name, *zip(*line, strict=True)) for name, line in lines.items() if line]
+    return found + ([figure(plots.training(g.logs), "The runs on their way")] if g.logs else [])
 
 
 def prediction_table(g: Group) -> Html:
@@ -161,23 +146,18 @@ def prediction_table(g: Group) -> Html:
     rows = [[number(p["n"]), number(p["d"]), number(p["loss"]), f"{number(p['lo'])} to {number(p['hi'])}",
              *([number(found[i]), percent(found[i] / p["loss"] - 1)] if found else ["–", "–"])]
             for i, p in enumerate(g.predictions)]
-    return tag("section", tag("h2", "Predictions"), tag("div", table(
-        ["N", "D", "predicted", f"{CONFIDENCE:.0%}", "measured", "off by"], rows, "Predictions"), class_="card numbers"))
+    columns = ["N", "D", "predicted", f"{CONFIDENCE:.0%}", "measured", "off by"]
+    return tag("section", tag("h2", "Predictions"),
+               tag("div", table(columns, rows, "Predictions"), class_="card numbers"))
 
 
-def run_table(g: Group) -> Html:
+def run_table(g: Group, metric: str) -> Html:
     """What each run ended with, beside what the law expects."""
     rows = []
-    for name, (run, points) in g.logs.items():
-        judged = [p for p in points if p["split"] == "eval"]
-        if not judged:
-            continue
-        end = judged[-1]
-        value = end["metrics"].get(g.points.metric) if g.points else None
-        expected = float(g.law.loss(run["n_params"], end["tokens_seen"])[0]) if g.law else None
-        rows.append([pathlib.Path(name).name, number(run["n_params"]), number(end["tokens_seen"]),
-                     scientific(end["flops_model"]), number(end["epochs"], 3), "–" if value is None else number(value),
-                     "–" if expected is None or value is None else percent(value / expected - 1)])
+    for r in study.ends(g.logs, g.points.metric if g.points else metric):
+        over = r["value"] / float(g.law.loss(r["n"], r["d"])[0]) - 1 if g.law and r["value"] else None
+        rows.append([r["run"], number(r["n"]), number(r["d"]), scientific(r["flops"]), number(r["epochs"], 3),
+                     "–" if r["value"] is None else number(r["value"]), "–" if over is None else percent(over)])
     if not rows:
         return Html()
     columns = ["run", "N", "D", "FLOPs", "epochs", g.label, "over the law"]
@@ -185,16 +165,14 @@ def run_table(g: Group) -> Html:
                tag("div", table(columns, rows, "Runs"), class_="card numbers"), open="")
 
 
-def comparisons(logs: Logs, count: str) -> list[Html]:
-    """A figure for each metric, losses excepted, that the runs of several objectives have."""
-    groups: dict[str, list[pathlib.Path]] = {}
-    for name, (run, _) in logs.items():
-        groups.setdefault(run["objective"], []).append(pathlib.Path(name))
+def comparisons(groups: list[Group], folders: list[pathlib.Path], count: str) -> list[Html]:
+    """A figure for each accuracy that the runs of several objectives have."""
+    names = [{m for _, points in g.logs.values() for p in points if p["split"] == "eval" for m in p["metrics"]}
+             for g in groups]
     if len(groups) < 2:
         return []
-    shared = set.intersection(*({m for p in points if p["split"] == "eval" for m in p["metrics"]}
-                                for _, points in logs.values()))
-    of = {m: {o: from_runs(w, m, count) for o, w in groups.items()} for m in sorted(shared) if m.endswith("/accuracy")}
+    shared = sorted(m for m in set.intersection(*names) if m.endswith("/accuracy"))
+    of = {m: study.by_objective(folders, m, count) for m in shared}
     return [figure(plots.objectives(points, label=metric), metric) for metric, points in of.items()]
 
 

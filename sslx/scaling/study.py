@@ -28,6 +28,7 @@ from sslx.scaling.points import Points, from_runs, from_table
 from sslx.workdir import write_atomically
 
 KEPT = 12  # training points of a run
+Logs = dict[str, tuple[log.Record, list[log.Record]]]  # {name: (run, points)}
 FIELDS = ("title", "metric", "label", "n", "columns", "group")
 TABLES = (".csv", ".jsonl")
 
@@ -101,10 +102,37 @@ def workdirs(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
     return found
 
 
-def by_objective(folder: pathlib.Path | str, metric: str, count: str = "n_params") -> dict[str, Points]:
-    """{objective: points of a metric} of the runs below a folder: metrics compare objectives, losses do not."""
+def logs(folders: Iterable[pathlib.Path | str]) -> Logs:
+    """The logs of all runs below `folders`, by the names of their workdirs, which are unlike or get longer."""
+    where = workdirs(map(pathlib.Path, folders))
+    short = len({w.name for w in where}) == len(where)
+    found = {w.name if short else str(w): log.read(w) for w in where}
+    return {name: (runs[-1], points) for name, (runs, points) in found.items() if runs}
+
+
+def ends(found: Logs, metric: str, count: str = "n_params") -> list[dict[str, Any]]:
+    """What each run ended with: {run, n, d, flops, epochs, value}; value is None if the metric is missing."""
+    last = {name: (run, [p for p in points if p["split"] == "eval"][-1:]) for name, (run, points) in found.items()}
+    return [dict(run=name, n=run[count], d=p["tokens_seen"], flops=p["flops_model"], epochs=p["epochs"],
+                 value=p["metrics"].get(metric)) for name, (run, judged) in last.items() for p in judged]
+
+
+def table(rows: Iterable[dict[str, Any]], metric: str) -> str:
+    """The `ends` of runs for people."""
+    rows = list(rows)
+    wide = max((len(r["run"]) for r in rows), default=3)
+    lines = [f"{'run':<{wide}} {'N':>9} {'D':>9} {'FLOPs':>9} {'epochs':>7}  {metric}"]
+    for r in rows:
+        value = "-" if r["value"] is None else f"{r['value']:.4f}"
+        lines.append(f"{r['run']:<{wide}} {r['n']:>9.3g} {r['d']:>9.3g} {r['flops']:>9.3g} {r['epochs']:>7.3g}"
+                     f"  {value}")
+    return "\n".join(lines)
+
+
+def by_objective(folders: Iterable[pathlib.Path | str], metric: str, count: str = "n_params") -> dict[str, Points]:
+    """{objective: points of a metric} of the runs below `folders`: metrics compare objectives, losses do not."""
     groups = defaultdict(list)
-    for workdir in workdirs([pathlib.Path(folder)]):
+    for workdir in workdirs(map(pathlib.Path, folders)):
         groups[log.read(workdir)[0][-1]["objective"]].append(workdir / "metrics.jsonl")
     return {objective: from_runs(files, metric, count) for objective, files in groups.items()}
 
