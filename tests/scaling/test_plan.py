@@ -73,7 +73,8 @@ def test_data_that_repeat():
     assert "within" not in plan.plan(law(), 3e20, unique=best.d / 3)["repetition"]
     knowing = law("data-constrained", R_D=15.0, R_N=5.0)
     moved, _ = plan.flat_region(knowing, 3e20, few)
-    assert moved.loss > best.loss and moved.d < best.d  # what repetition costs moves the optimum away from it
+    # Excess parameters lose their worth sooner than repeated data, R_N < R_D: more epochs, as Muennighoff et al. found.
+    assert moved.loss > best.loss and moved.d > best.d
 
 
 @pytest.mark.parametrize("flags, c", [
