@@ -11,11 +11,11 @@ import numpy as np
 from sslx.scaling.forms import Array
 from sslx.scaling.points import Points
 
-LEAST = 4  # points of a budget through which a parabola says something
+LEAST = 3  # points of a budget through which a parabola says something
 
 
 class Optima(NamedTuple):
-    """ln_c, ln_n, ln_d, loss: float[K], of the optimum at each budget; edge: int, budgets whose optimum is not inside."""
+    """ln_c, ln_n, ln_d, loss: float[K], of the optimum at each budget. edge: how many have theirs not inside."""
 
     ln_c: Array
     ln_n: Array
@@ -56,7 +56,8 @@ def parabolas(points: Points) -> Optima:
             continue
         d_of_n = np.polyfit(x.n[rows] - centre, x.d[rows], 1)
         found.append((x.c[rows].mean(), centre + at, np.polyval(d_of_n, at), np.exp(level - slope**2 / (4 * curve))))
-    return Optima(*np.array(found).reshape(-1, 4).T, edge=edge)
+    ln_c, ln_n, ln_d, loss = np.array(found).reshape(-1, 4).T
+    return Optima(ln_c, ln_n, ln_d, loss, edge)
 
 
 def diagnose(points: Points) -> tuple[dict[str, Any], list[str]]:
@@ -65,6 +66,6 @@ def diagnose(points: Points) -> tuple[dict[str, Any], list[str]]:
     exponents = {"approach_1": one.exponents(), "approach_2": two.exponents()}
     warnings = []
     if two.edge:
-        warnings.append(f"at {two.edge} of {len(two.ln_c) + two.edge} budgets the best size is at the edge of those that"
-                        " were tried: add smaller or larger ones there")
+        warnings.append(f"at {two.edge} of {len(two.ln_c) + two.edge} budgets the best size is at the edge of those"
+                        " that were tried: add smaller or larger ones there")
     return {name: e for name, e in exponents.items() if e}, warnings

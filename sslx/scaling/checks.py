@@ -3,6 +3,7 @@
 import numpy as np
 
 from sslx.config import UserError
+from sslx.scaling import solve
 from sslx.scaling.forms import Form
 from sslx.scaling.intervals import Fitted, Fold
 from sslx.scaling.points import Points
@@ -14,31 +15,30 @@ FAILED = 3.0            # standard deviations by which a back-test is off, and
 OFF = 0.02              # of the loss
 FLAT = 2e-3             # spread of losses that is none
 FLAT_WARNING = 0.05
+PROFILED, FLAT_PROFILE = 3.0, 0.1  # a factor off in a parameter, by which the objective must grow by more
 
 
 def refuse(points: Points, form: Form, name: str, free: int) -> None:
     """Raises UserError for points from which no law of this form can come."""
     p = len(points.loss)
     if p <= free:
-        raise UserError(f"{p} points for the {free} parameters of {name!r}: a law needs at least {free + 1}, and"
+        raise UserError(f"{p} points for {free} parameters of {name!r}: a law needs at least {free + 1}, and"
                         " several more to say anything about its error")
     spread = points.loss.max() / points.loss.min() - 1
     if spread < FLAT:
-        raise UserError(f"{points.metric!r} is constant: all {p} values lie within {spread:.2%} of each other, and there"
-                        " is nothing to fit")
+        raise UserError(f"{points.metric!r} is constant: all {p} values lie within {spread:.2%} of each other, and"
+                        " there is nothing to fit")
     if points.budget.max() == 0:
-        raise UserError(f"all {p} points have about the same compute, {points.c.min():.3g} to {points.c.max():.3g} FLOPs:"
-                        " a law needs several budgets, at least 3 and better 5, over a factor of 30 and more")
-    inputs = form.slopes(points.inputs)
+        raise UserError(f"all {p} points have about the same compute, {points.c.min():.3g} to {points.c.max():.3g}"
+                        " FLOPs: a law needs several budgets, at least 3 and better 5, over a factor of 30 and more")
     for column, what in ((points.n, "N"), (points.d, "D")):
         if len(form.signs) == 3 and len(np.unique(column)) < 3:
-            raise UserError(f"there are only {len(np.unique(column))} different values of {what}: how the loss depends on"
+            raise UserError(f"there are only {len(np.unique(column))} different values of {what}: how the loss depends"
                             f" it cannot be known. Add runs, or take --form power")
-    columns = np.concatenate([np.ones((1, p)), inputs.reshape(-1, p, inputs.shape[-1]).sum(-1)[len(form.signs) > 1:]])
-    varying = columns[1:] - columns[1:].mean(-1, keepdims=True)
-    if len(form.signs) == 3 and np.linalg.matrix_rank(varying, tol=1e-3 * np.linalg.norm(varying)) < 2:
-        raise UserError("N and D lie on one line: all points have D as the same power of N, so that what is owed to size"
-                        " and what to data cannot be told apart. Add points off that line, or take --form power")
+    lines = np.log([points.n, points.d]) - np.log([points.n, points.d]).mean(-1, keepdims=True)
+    if len(form.signs) == 3 and np.linalg.matrix_rank(lines, tol=1e-3 * np.linalg.norm(lines)) < 2:
+        raise UserError("N and D lie on one line: all points have D as the same power of N, so that what is owed to"
+                        " size and what to data cannot be told apart. Add points off that line, or take --form power")
 
 
 def of_points(points: Points, free: int) -> list[str]:
@@ -53,7 +53,7 @@ def of_points(points: Points, free: int) -> list[str]:
         found.append(f"the budgets span a factor of {points.c.max() / points.c.min():.3g} in compute; 30 and more"
                      " determine exponents")
     if points.loss.max() / points.loss.min() - 1 < FLAT_WARNING:
-        found.append(f"{points.metric!r} changes by {points.loss.max() / points.loss.min() - 1:.1%} only over all points")
+        found.append(f"{points.metric!r} changes by only {points.loss.max() / points.loss.min() - 1:.1%} in all points")
     return found
 
 
@@ -85,6 +85,29 @@ def of_intervals(form: Form, intervals: dict[str, list[float]], params: dict[str
             high > UNIDENTIFIED * max(low, 1e-9))
         if wide:
             found.append(f"{name} is not identified: {low:.3g} to {high:.3g} fit about as well as {params[name]:.3g}")
+    return found
+
+
+def of_profiles(fit: Fitted, points: Points) -> list[str]:
+    """Warnings about parameters with a flat profile: elsewhere, and all others fitted anew, they fit about as well.
+
+    Asked of what is neither an amplitude nor an exponent: how fast repeated data and excess parameters lose worth.
+    """
+    found = []
+    for j in range(len(fit.form.signs) + len(fit.form.exponents), len(fit.theta)):
+        for to in (np.log(PROFILED), -np.log(PROFILED)):
+            elsewhere = fit.theta[j] + to
+            if fit.bounds.low[j] == fit.bounds.high[j] or not fit.bounds.low[j] < elsewhere < fit.bounds.high[j]:
+                continue
+            low, high = fit.bounds.low.copy(), fit.bounds.high.copy()
+            low[j] = high[j] = elsewhere
+            _, objective = solve.minimize(fit.form, points.inputs.within(fit.centre), points.loss, points.weight,
+                                          fit.theta[None], solve.Box(low, high))
+            if objective[0] < (1 + FLAT_PROFILE) * fit.objective:
+                more = objective[0] / fit.objective - 1
+                found.append(f"{fit.form.parameters[j]} is not identified: with {np.exp(elsewhere):.3g} instead of"
+                             f" {np.exp(fit.theta[j]):.3g} the objective is only {more:.1%} larger")
+                break
     return found
 
 

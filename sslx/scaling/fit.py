@@ -26,12 +26,13 @@ import numpy as np
 
 from sslx.config import UserError, nearest
 from sslx.scaling import approaches, checks, intervals
-from sslx.scaling.forms import FORMS, RISING, Form
-from sslx.scaling.law import Flops, Law, Member, quantiles
+from sslx.scaling.forms import FORMS, RISING, Array, Form
+from sslx.scaling.law import CONFIDENCE, Flops, Law, Member, quantiles
 from sslx.scaling.points import Points, from_runs, from_table
 
 AVERAGED = {"chinchilla": ("chinchilla", "tied"), "tied": ("tied", "chinchilla")}
 SEED = 0
+TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 ALIKE = 1e-6  # relative difference of objectives of starts that agree
 
 
@@ -56,22 +57,24 @@ def fit(points: Points, form: str = "auto", fixed: dict[str, float] | None = Non
     folds = {n: intervals.backtest(f, points, draw) for n, f in fits.items() if form == "auto" or n == form}
     form = min(folds, key=lambda n: score(folds[n], fits[n])) if form == "auto" else form
     best = fits[form]
-    shares = intervals.shares({n: f for n, f in fits.items()}, len(points.loss))
-    members = tuple(Member(n, shares[n], intervals.resampled(f, points, draw)) for n, f in fits.items())
-    member = members[list(fits).index(form)]
+    shares = intervals.shares(fits, len(points.loss))
+    draws = {n: intervals.resampled(f, points, draw) for n, f in fits.items()}
+    members = tuple(Member(n, shares[n], f.centre, draws[n]) for n, f in fits.items())
     params = best.form.named(best.form.moved(best.theta, best.centre))
-    low, high = quantiles(member.thetas, np.ones(len(member.thetas)))
-    spans = {p: [best.form.named(low)[p], best.form.named(high)[p]] for p in params if p not in fixed}
+    around = best.form.moved(draws[form], best.centre)
+    low, high = (best.form.named(end) for end in quantiles(around, np.ones(len(around))))
+    spans = {p: [low[p], high[p]] for p in params if p not in fixed}
     allocation, edges = approaches.diagnose(points) if "b" in best.form.exponents else ({}, [])
     warnings = [*checks.of_points(points, len(params) - len(fixed)), *edges,
                 *checks.of_fit(best, params, points, fixed), *checks.of_intervals(best.form, spans, params),
+                *checks.of_profiles(best, points),
                 *checks.of_backtest(folds[form])]
     ends = best.ends
     report = dict(
         intervals=spans, objective=best.objective, n_points=len(points.loss),
         starts=dict(n=len(ends), agreeing=int((ends <= ends.min() * (1 + ALIKE) + 1e-18).sum()), best=float(ends.min()),
                     median=float(np.median(ends)), worst=float(ends.max())),
-        exponents=exponents(form, params, member) | allocation,
+        exponents=exponents(form, params, around) | allocation,
         backtest=dict(folds=[f._asdict() for f in folds[form]], failed=bool(checks.of_backtest(folds[form]))),
         warnings=warnings)
     drift, misfit = intervals.widening(best, points, folds[form])
@@ -83,19 +86,17 @@ def score(folds: list[intervals.Fold], fitted: intervals.Fitted) -> tuple[float,
     return float(np.mean([abs(f.relative) for f in folds])) if folds else 0.0, fitted.objective
 
 
-def exponents(form: str, params: dict[str, float], member: Member) -> dict[str, Any]:
+def exponents(form: str, params: dict[str, float], thetas: Array) -> dict[str, Any]:
     """{a, b} of N_opt ~ C^a and D_opt ~ C^b for C ~ N D, with intervals; {} of a form that knows no N and D."""
     if form == "optimum":
-        a = member.thetas[:, 1]
-        low, high = np.quantile(a, (0.05, 0.95))
+        low, high = (float(q) for q in np.quantile(thetas[:, 1], TAILS))
         return dict(a=params["a"], b=1 - params["a"], intervals=dict(a=[low, high], b=[1 - high, 1 - low]))
     if form in ("tied", "overtraining"):
         return dict(a=0.5, b=0.5)
     if form == "power":
         return {}
     a, b = params["a"], params["b"]
-    draws = member.thetas[:, 4] / (member.thetas[:, 3] + member.thetas[:, 4])
-    low, high = (float(q) for q in np.quantile(draws, (0.05, 0.95)))
+    low, high = (float(q) for q in np.quantile(thetas[:, 4] / (thetas[:, 3] + thetas[:, 4]), TAILS))
     return dict(a=b / (a + b), b=a / (a + b), intervals=dict(a=[low, high], b=[1 - high, 1 - low]))
 
 
@@ -123,12 +124,9 @@ def table(law: Law, predictions: list[dict[str, float]]) -> str:
     if folds:
         lines.append("back-tests: fitted to smaller budgets, how far off at later ones")
         lines += [f"  {f['extrapolation']:>8.3g} x compute: {f['relative']:+.2%} of the loss" for f in folds]
-    lines += [f"  N {p['n']:.4g}  D {p['d']:.4g}: {law_metric(p)}" for p in predictions]
+    lines += [f"  N {p['n']:.4g}  D {p['d']:.4g}: {p['loss']:.4f}   90 %: {p['lo']:.4f} to {p['hi']:.4f}"
+              for p in predictions]
     return "\n".join(lines + [f"warning: {w}" for w in report["warnings"]])
-
-
-def law_metric(p: dict[str, float]) -> str:
-    return f"{p['loss']:.4f}   90 %: {p['lo']:.4f} to {p['hi']:.4f}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,11 +8,12 @@ K terms, P points, J parameters; leading dimensions of theta are a batch.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Array = np.ndarray
+Terms = Callable[[Array], tuple[Array, Array]]
 
 
 class Inputs(NamedTuple):
@@ -37,7 +38,7 @@ class Form(NamedTuple):
     exponents:  {name: (low, high)} of the parameters that are exponents; others are positive.
     signs:      of the terms.
     slopes:     inputs -> float[K, P, len(exponents)], what an exponent multiplies in the logarithm of a term.
-    terms:      (theta[..., J], inputs) -> (g[..., K, P], dg/dtheta[..., K, P, J]).
+    terms:      inputs -> (theta[..., J] -> (g[..., K, P], dg/dtheta[..., K, P, J])).
     in_logs:    residuals are those of ln L, else of L.
     delta:      where the Huber function of residuals turns from squares to absolute values (Hoffmann et al. 2022).
     """
@@ -46,7 +47,7 @@ class Form(NamedTuple):
     parameters: tuple[str, ...]
     exponents: dict[str, tuple[float, float]]
     slopes: Callable[[Inputs], Array]
-    terms: Callable[[Array, Inputs], tuple[Array, Array]]
+    terms: Callable[[Inputs], Terms]
     signs: tuple[float, ...] = (1.0, 1.0, 1.0)
     in_logs: bool = True
     delta: float = 1e-3
@@ -59,16 +60,25 @@ class Form(NamedTuple):
         """Named values of theta[J]."""
         return {p: float(x if p in self.exponents else np.exp(x)) for p, x in zip(self.parameters, theta, strict=True)}
 
-    def log_loss(self, theta: Array, x: Inputs) -> tuple[Array, Array]:
-        """(ln L [..., P], its derivative [..., P, J]); -inf where a saturating metric would be below zero."""
-        g, dg = self.terms(theta, x)
-        top = g.max(-2, keepdims=True)
-        parts = np.array(self.signs)[:, None] * np.exp(g - top)
-        total = parts.sum(-2, keepdims=True)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            share = np.where(total > 0, parts / total, 0.0)
-            log_loss = np.where(total > 0, np.log(total), -np.inf) + top
-        return log_loss[..., 0, :], np.einsum("...kp,...kpj->...pj", share, dg)
+    def on(self, x: Inputs) -> Callable[[Array], tuple[Array, Array]]:
+        """theta[..., J] -> (ln L [..., P], its derivative [..., P, J]); -inf where a metric would be below zero."""
+        terms, signs = self.terms(x), np.array(self.signs)[:, None]
+
+        def log_loss(theta: Array) -> tuple[Array, Array]:
+            g, dg = terms(theta)
+            top = g.max(-2, keepdims=True)
+            parts = signs * np.exp(g - top)
+            total = parts.sum(-2, keepdims=True)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                share = np.where(total > 0, parts / total, 0.0)
+                value = np.where(total > 0, np.log(total), -np.inf) + top
+            return value[..., 0, :], (share.swapaxes(-1, -2)[..., None, :] @ dg.swapaxes(-3, -2))[..., 0, :]
+
+        return log_loss
+
+    def log_loss(self, theta: Array, x: Inputs) -> Array:
+        """ln L [..., P] of theta[..., J]."""
+        return self.on(x)(theta)[0]
 
     def moved(self, theta: Array, centre: Inputs) -> Array:
         """theta for inputs in plain units, of one for inputs in units of `centre`: only amplitudes have units."""
@@ -79,25 +89,28 @@ class Form(NamedTuple):
         return moved
 
 
-def linear_terms(slopes: Callable[[Inputs], Array], theta: Array, x: Inputs) -> tuple[Array, Array]:
-    """g_k = ln amplitude_k + sum_e slopes_ke exponent_e, and its derivatives."""
+def linear_terms(slopes: Callable[[Inputs], Array], x: Inputs) -> Terms:
+    """g_k = ln amplitude_k + sum_e slopes_ke exponent_e."""
     table = slopes(x)
-    k = len(table)
-    g = theta[..., :k, None] + np.moveaxis(table @ theta[..., k:].swapaxes(0, -1).reshape(table.shape[-1], -1), -1, 0
-                                           ).reshape(*theta.shape[:-1], *table.shape[:2])
-    amplitudes = np.broadcast_to(np.eye(k)[:, None, :], (k, table.shape[1], k))
-    return g, np.concatenate([amplitudes, table], -1)
+    k, p, e = table.shape
+    flat = table.reshape(k * p, e).T
+    derivative = np.concatenate([np.broadcast_to(np.eye(k)[:, None, :], (k, p, k)), table], -1)
+
+    def terms(theta: Array) -> tuple[Array, Array]:
+        return theta[..., :k, None] + (theta[..., k:] @ flat).reshape(*theta.shape[:-1], k, p), derivative
+
+    return terms
 
 
 def log_linear(*, formula: str, amplitudes: str, exponents: dict[str, tuple[float, float]],
-               slopes: Callable[[Inputs], list[list[Array]]], **others) -> Form:
+               slopes: Callable[[Inputs], list[list[Any]]], **others: Any) -> Form:
     """A form whose terms are linear in theta: `slopes` of [term][exponent], float[P] or 0."""
     def table(x: Inputs) -> Array:
         return np.stack([np.stack([np.broadcast_to(s, x.n.shape) for s in row], -1) for row in slopes(x)])
     return Form(formula, (*amplitudes, *exponents), exponents, table, functools.partial(linear_terms, table), **others)
 
 
-def data_constrained_terms(theta: Array, x: Inputs) -> tuple[Array, Array]:
+def data_constrained_terms(x: Inputs, theta: Array) -> tuple[Array, Array]:
     """Terms of Muennighoff et al. 2023: repeated data, and parameters beyond what the unique data feed, decay in worth.
 
     D' = U + U R_D (1 - exp(-(D/U - 1) / R_D)),  N' likewise of U_N = min(N, N_opt(U)) with R_N.
@@ -149,7 +162,7 @@ FORMS = {
 }
 FORMS["data-constrained"] = FORMS["chinchilla"]._replace(
     formula="L = E + A/N'^a + B/D'^b with N', D' that saturate by R_N, R_D repetitions (Muennighoff et al. 2023)",
-    parameters=(*"EABab", "R_D", "R_N"), terms=data_constrained_terms)
+    parameters=(*"EABab", "R_D", "R_N"), terms=lambda x: functools.partial(data_constrained_terms, x))
 RISING = log_linear(
     formula="metric = M - A/C^a", amplitudes="MA", exponents=dict(a=EXPONENT), slopes=lambda x: [[0], [-x.c]],
     signs=(1.0, -1.0))

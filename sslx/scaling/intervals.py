@@ -12,9 +12,11 @@ from sslx.scaling import solve
 from sslx.scaling.forms import Array, Form, Inputs
 from sslx.scaling.points import Points
 
-RESAMPLES = 200
-BUDGET_SHAPE = 10.0  # of the Gamma law of a budget's weight: its variance is 1/10
-SURE, DRIFT = 1.3, 3.0
+RESAMPLES, OF_A_FOLD = 200, 40
+# These are chosen so that intervals cover what they should in synthetic studies (tests/scaling/test_coverage.py).
+RUN_SHAPE, BUDGET_SHAPE = 4 / 3, 25.0  # of the Gamma laws of weights of runs and budgets: the variances are 1/shape
+SURE, DRIFT = 1.3, 8.0   # standard deviations that are noise; how much more of a bend comes than back-tests have seen
+ODD, MISFIT = 1.5, 1.5   # the same for the mean residual of a budget
 MOST_CUTS = 6
 HALF = 0.1  # by how much of ln C half of the decades may be missed
 
@@ -45,7 +47,7 @@ class Fold(NamedTuple):
 
 
 def fitted(form: Form, points: Points, fixed: dict[str, float], n_starts: int = 36) -> Fitted:
-    """The best of many starts."""
+    """The best of many starts, from a grid."""
     inputs = points.inputs
     centre = Inputs(*(np.array(x.mean()) for x in inputs))
     centre = centre._replace(u=centre.d)
@@ -75,7 +77,7 @@ def centred(form: Form, fixed: dict[str, float], centre: Inputs) -> dict[str, fl
 
 
 def shares(fits: dict[str, Fitted], points: int) -> dict[str, float]:
-    """{form: share} of an average, by Akaike's criterion for errors of Laplace's law, whose scale the objective tells."""
+    """{form: share} of an average, by Akaike's criterion for errors of Laplace's law of unknown scale."""
     criteria = {name: 2 * points * np.log(max(f.objective, 1e-300)) + 2 * len(f.theta) for name, f in fits.items()}
     least = min(criteria.values())
     weights = {name: float(np.exp(-0.5 * (c - least))) for name, c in criteria.items()}
@@ -83,16 +85,22 @@ def shares(fits: dict[str, Fitted], points: int) -> dict[str, float]:
 
 
 def widening(fit: Fitted, points: Points, folds: list[Fold]) -> tuple[float, float]:
-    """(drift, misfit) of a law: see `law.Law`. Only what noise does not explain counts."""
+    """(drift, misfit): see `law.Law`. What noise explains does not count."""
     drift = max((max(0.0, abs(f.error) - SURE * f.noise) / np.log(f.extrapolation) for f in folds), default=0.0)
-    return DRIFT * drift, 0.0
+    residual = np.log(points.loss) - fit.form.log_loss(fit.theta, points.inputs.within(fit.centre))
+    misfit, budget = 0.0, points.budget
+    for k in range(budget.max() + 1):
+        r = residual[budget == k]
+        if len(r) > 2:
+            misfit = max(misfit, abs(r.mean()) - ODD * r.std() / np.sqrt(len(r) - 1))
+    return DRIFT * drift, MISFIT * misfit
 
 
 def resample_weights(points: Points, n: int, draw: np.random.Generator) -> Array:
     """float[n, P], mean 1: random weights of whole runs times random weights of whole budgets."""
     budget = points.budget
     runs, run = np.unique(points.run, return_inverse=True)
-    of_runs = draw.exponential(size=(n, len(runs)))
+    of_runs = draw.gamma(RUN_SHAPE, 1 / RUN_SHAPE, size=(n, len(runs)))
     of_budgets = draw.gamma(BUDGET_SHAPE, 1 / BUDGET_SHAPE, size=(n, budget.max() + 1))
     return of_runs[:, run] * of_budgets[:, budget]
 
@@ -103,17 +111,17 @@ def resampled(fit: Fitted, points: Points, draw: np.random.Generator, n: int = R
     begin = np.repeat(fit.theta[None], n, 0)
     thetas, _ = solve.minimize(fit.form, points.inputs.within(fit.centre), points.loss, weights, begin, fit.bounds,
                                steps=60, tolerance=1e-6)
-    return fit.form.moved(thetas, fit.centre)
+    return thetas
 
 
-def backtest(fit: Fitted, points: Points, draw: np.random.Generator, n: int = 40) -> list[Fold]:
+def backtest(fit: Fitted, points: Points, draw: np.random.Generator, n: int = OF_A_FOLD) -> list[Fold]:
     """What fits to the lower budgets, over at least half of all decades of compute, said of each later one."""
     budget, x = points.budget, points.inputs.within(fit.centre)
     free = int((fit.bounds.low < fit.bounds.high).sum())
     cuts = [k for k in range(1, budget.max()) if (budget <= k).sum() >= free + 2
             and x.c[budget == k].mean() >= (x.c.min() + x.c.max()) / 2 - HALF]
     cuts = cuts[::-(-len(cuts) // MOST_CUTS)] if cuts else []
-    predicted_all = np.exp(fit.form.log_loss(fit.theta, x)[0])
+    predicted_all = np.exp(fit.form.log_loss(fit.theta, x))
     floor = np.exp(fit.theta[0])
     excess = np.abs(predicted_all - floor)
     folds = []
@@ -126,7 +134,7 @@ def backtest(fit: Fitted, points: Points, draw: np.random.Generator, n: int = 40
         weights = resample_weights(seen, n, draw) * seen.weight
         thetas, _ = solve.minimize(fit.form, seen.inputs.within(fit.centre), seen.loss, weights,
                                    np.repeat(theta[None], n, 0), fit.bounds, steps=40, tolerance=1e-5)
-        said = np.exp(fit.form.log_loss(np.concatenate([theta[None], thetas]), x)[0])
+        said = np.exp(fit.form.log_loss(np.concatenate([theta[None], thetas]), x))
         for later in range(cut + 1, budget.max() + 1):
             rows = budget == later
             errors = ((said[:, rows] - points.loss[rows]) / excess[rows]).mean(-1)

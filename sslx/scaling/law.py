@@ -1,6 +1,7 @@
 """A fitted law: what loss it expects of a size and an amount of data, how sure it is, and what is optimal."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +24,11 @@ class Flops(NamedTuple):
 
 
 class Member(NamedTuple):
-    """One form of the average: its share, and theta[B, J], resamples around the fit."""
+    """One form of the average: its share, and theta[B, J], resamples for inputs in units of `centre`."""
 
     form: str
     share: float
+    centre: Inputs
     thetas: Array
 
 
@@ -34,8 +36,8 @@ class Law(NamedTuple):
     """form:      name in FORMS.
     params:    {name: value}.
     members:   what intervals are made of.
-    drift:     how wrong earlier extrapolations were: of loss - E, for each factor e of compute beyond the fit.
-    misfit:    how far the points of the largest budget lie from the law, of loss - E, beyond their noise.
+    drift:     how wrong earlier extrapolations were: of loss - E, for a factor e of compute beyond the fit.
+    misfit:    how far the mean of a budget's points lies from the law, of the loss, beyond what noise explains.
     c_max:     FLOPs of the largest budget that was fitted.
     flops:     FLOPs of a size and an amount of data.
     report:    what else the fit found: objective, n_points, starts, intervals, exponents, backtest, warnings.
@@ -61,7 +63,7 @@ class Law(NamedTuple):
 
     def loss(self, n: Any, d: Any, unique: Any = None) -> Array:
         """float[P], the loss that is expected of n parameters after d units, `unique` of them different."""
-        return np.exp(self.shape.log_loss(self.shape.internal(self.params), self.inputs(n, d, unique))[0])
+        return np.exp(self.shape.log_loss(self.shape.internal(self.params), self.inputs(n, d, unique)))
 
     def interval(self, n: Any, d: Any, unique: Any = None) -> tuple[Array, Array]:
         """(low, high) of the loss, float[P] each, with a confidence of CONFIDENCE.
@@ -71,13 +73,12 @@ class Law(NamedTuple):
         x, loss = self.inputs(n, d, unique), self.loss(n, d, unique)
         draws, shares = [], []
         for member in self.members:
-            form = form_of(member.form, self.params) if member.form == self.form else FORMS[member.form]
-            draws.append(form.log_loss(member.thetas, x)[0])
+            draws.append(form_of(member.form, self.params).log_loss(member.thetas, x.within(member.centre)))
             shares.append(np.full(len(member.thetas), member.share / len(member.thetas)))
         low, high = quantiles(np.concatenate(draws), np.concatenate(shares))
         beyond = np.maximum(x.c - math.log(self.c_max), 0.0)
         floor = next(iter(self.params.values())) if len(self.shape.signs) > 1 else 0.0
-        wide = (self.misfit + self.drift * beyond) * np.abs(loss - floor) / loss
+        wide = np.hypot(self.misfit, self.drift * beyond * np.abs(loss - floor) / loss)
         centre = np.log(loss)
         return (np.exp(centre - np.hypot(np.maximum(centre - low, 0.0), wide)),
                 np.exp(centre + np.hypot(np.maximum(high - centre, 0.0), wide)))
@@ -102,21 +103,24 @@ class Law(NamedTuple):
             found.append(dict(n=n, d=d, loss=float(self.loss(n, d, *unique)[0]), lo=float(low[0]), hi=float(high[0])))
         return found
 
-    def as_json(self, predictions: list[dict[str, float]] = []) -> dict[str, Any]:  # noqa: B006
+    def as_json(self, predictions: Sequence[dict[str, float]] = ()) -> dict[str, Any]:
         """What a file keeps of the law; `backtest.law` is what intervals of new predictions need."""
         kept = dict(drift=self.drift, misfit=self.misfit, c_max=self.c_max,
                     flops=[np.round(x, 6).tolist() for x in self.flops],
-                    members=[dict(form=m.form, share=m.share, thetas=np.round(m.thetas, 5).tolist())
+                    members=[dict(form=m.form, share=m.share, centre=[float(x) for x in m.centre],
+                                  thetas=np.round(m.thetas, 7).tolist())
                              for m in self.members])
-        report = self.report | dict(backtest=self.report["backtest"] | dict(law=kept))
-        return dict(form=self.form, params=self.params) | report | dict(predictions=predictions)
+        report = self.report | dict(backtest=self.report["backtest"] | dict(law=kept), predictions=list(predictions))
+        warnings = report.pop("warnings")
+        return dict(form=self.form, params=self.params) | report | dict(warnings=warnings)
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Law":
         """The law of `as_json`. Raises UserError if it is none."""
         try:
             kept = found["backtest"]["law"]
-            members = tuple(Member(m["form"], m["share"], np.array(m["thetas"])) for m in kept["members"])
+            members = tuple(Member(m["form"], m["share"], Inputs(*map(np.array, m["centre"])), np.array(m["thetas"]))
+                            for m in kept["members"])
             report = {k: v for k, v in found.items() if k not in ("form", "params", "predictions")}
             report["backtest"] = {k: v for k, v in report["backtest"].items() if k != "law"}
             return cls(found["form"], found["params"], members, kept["drift"], kept["misfit"], kept["c_max"],
@@ -126,11 +130,12 @@ class Law(NamedTuple):
 
 
 def form_of(name: str, params: dict[str, float]) -> Form:
+    """The form of a name; of a metric that rises, as its parameters tell."""
     return RISING if "M" in params else FORMS[name]
 
 
 def quantiles(draws: Array, shares: Array) -> tuple[Array, Array]:
-    """(low, high) of each column of draws[B, P], whose rows have shares[B], leaving (1 - CONFIDENCE) / 2 on each side."""
+    """(low, high) of each column of draws[B, P], whose rows have shares[B], with CONFIDENCE between them."""
     order = draws.argsort(0)
     below = shares[order].cumsum(0) / shares.sum()
     tail = (1 - CONFIDENCE) / 2

@@ -41,7 +41,8 @@ class Points(NamedTuple):
     warnings: tuple[str, ...] = ()
 
     def take(self, rows: Array) -> "Points":
-        return Points(*(x[rows] for x in self[:7]), *self[7:])
+        n, d, c, unique, loss, weight, run = (x[rows] for x in self[:7])
+        return Points(n, d, c, unique, loss, weight, run, self.metric, self.warnings)
 
     @property
     def inputs(self) -> Inputs:
@@ -119,13 +120,13 @@ def number(value: Any, where: str) -> float:
     except (TypeError, ValueError):
         x = math.nan
     if not (math.isfinite(x) and x > 0):
-        raise UserError(f"{where} is {value!r}: it takes a positive number; mend or remove the row, or leave it out with"
-                        " --where")
+        raise UserError(f"{where} is {value!r}: it takes a positive number; mend or remove the row, or leave it out"
+                        " with --where")
     return x
 
 
 def from_runs(folders: Iterable[pathlib.Path], metric: str, count: str) -> Points:
-    """The last point of each run below `folders`, which must be finished, annealed and of one objective on one dataset.
+    """The last point of each run below `folders`: finished, annealed, of one objective and dataset.
 
     count: "n_params" or "n_params_nonembedding". Raises UserError for runs that do not belong in one law.
     """
@@ -174,7 +175,7 @@ def kind(run: Mapping[str, Any]) -> str:
 
 def checked(values: dict[str, Array], runs: Array | None, metric: str, where: str,
             columns: Mapping[str, str | None]) -> Points:
-    """Points, without rows that are there twice. Raises UserError for columns that cannot be what they are taken for."""
+    """Points, without rows that are there twice. Raises UserError for columns that cannot be what they should."""
     warnings = []
     loss = values.get("loss")
     for role in ("n", "d"):
@@ -190,8 +191,8 @@ def checked(values: dict[str, Array], runs: Array | None, metric: str, where: st
         if np.median(per) < 0.2:
             warnings.append(f"D/N is {np.median(per):.3g} in the middle row: are --n and --d swapped?")
         if "c" in values and not 0.5 < np.median(values["c"] / values["n"] / values["d"]) < 200:
-            warnings.append(f"C/(N D) is {np.median(values['c'] / values['n'] / values['d']):.3g} in the middle row, where"
-                            " about 6 is usual: is --c in FLOPs?")
+            per = values["c"] / values["n"] / values["d"]
+            warnings.append(f"C/(N D) is {np.median(per):.3g} in the middle row, and usually about 6: is --c in FLOPs?")
         if np.any(values.get("unique", 0) > values["d"] * (1 + 1e-9)):
             warnings.append("some rows have more unique units than units seen; they count as not repeated")
     first = next(iter(values.values()))
@@ -200,8 +201,8 @@ def checked(values: dict[str, Array], runs: Array | None, metric: str, where: st
     if len(rows) < len(first):
         warnings.append(f"{len(first) - len(rows)} of {len(first)} rows are duplicates and count once")
     one = np.ones(len(first))
-    d = values.get("d", one)
-    points = Points(n=values.get("n", one), d=d, c=values.get("c", 6 * values.get("n", one) * d),
-                    unique=values.get("unique", d), loss=one if loss is None else loss, weight=values.get("weight", one),
+    n, d = values.get("n", one), values.get("d", one)
+    points = Points(n=n, d=d, c=values.get("c", 6 * n * d), unique=values.get("unique", d),
+                    loss=one if loss is None else loss, weight=values.get("weight", one),
                     run=np.arange(len(first)) if runs is None else runs, metric=metric, warnings=tuple(warnings))
     return points.take(rows)

@@ -4,6 +4,7 @@ Everything is batched: starts, resamples and back-tests are rows of one array.
 """
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -60,13 +61,17 @@ def starts(form: Form, x: Inputs, loss: Array, weights: Array, bounds: Box, n: i
     return np.clip(thetas, np.maximum(bounds.low, np.log(1e-3 * loss.min()) if k else 0), bounds.high)
 
 
-def residuals(form: Form, theta: Array, x: Inputs, loss: Array) -> tuple[Array, Array]:
-    """(residual[..., P], its derivative[..., P, J])."""
-    log_loss, derivative = form.log_loss(theta, x)
-    if form.in_logs:
-        return log_loss - np.log(loss), derivative
-    value = np.exp(log_loss)
-    return value - loss, value[..., None] * derivative
+def residuals(form: Form, x: Inputs, loss: Array) -> Callable[[Array], tuple[Array, Array]]:
+    """theta[..., J] -> (residual[..., P], its derivative[..., P, J])."""
+    log_loss, target = form.on(x), np.log(loss)
+
+    def of(theta: Array) -> tuple[Array, Array]:
+        value, derivative = log_loss(theta)
+        if form.in_logs:
+            return value - target, derivative
+        return np.exp(value) - loss, np.exp(value)[..., None] * derivative
+
+    return of
 
 
 def huber(residual: Array, delta: float) -> Array:
@@ -86,8 +91,8 @@ def minimize(form: Form, x: Inputs, loss: Array, weights: Array, theta: Array, b
     """
     theta = np.clip(theta, bounds.low, bounds.high)
     weights = np.broadcast_to(weights, (len(theta), len(loss)))
-    damping = np.ones(len(theta))
-    r, jac = residuals(form, theta, x, loss)
+    damping, residual = np.ones(len(theta)), residuals(form, x, loss)
+    r, jac = residual(theta)
     value = (weights * huber(r, form.delta)).sum(-1)
     value = np.where(np.isfinite(value), value, np.inf)
     busy = np.arange(len(theta))
@@ -108,7 +113,7 @@ def minimize(form: Form, x: Inputs, loss: Array, weights: Array, theta: Array, b
         diagonal += np.where(held, 1.0, ridge + 1e-6 * damping[busy, None] * diagonal)
         step = np.clip(np.linalg.solve(hessian, gradient[..., None])[..., 0], -1.0, 1.0)
         tried = np.clip(theta[busy] - step, bounds.low, bounds.high)
-        r_new, jac_new = residuals(form, tried, x, loss)
+        r_new, jac_new = residual(tried)
         new = (w * huber(r_new, form.delta)).sum(-1)
         better = new <= value[busy]
         gain = np.where(better, value[busy] - new, np.inf)
