@@ -19,6 +19,7 @@ import json
 import math
 import pathlib
 import sys
+import textwrap
 from typing import Any, NamedTuple
 
 import jax
@@ -230,7 +231,9 @@ def table(found: dict[str, Any]) -> str:
     if "run" in found:
         r = found["run"]
         lines += [f"the run: N {r['n']:.4g}, D {r['d']:.4g}, {r['steps']} steps, {r['flops']:.4g} FLOPs counted,"
-                  f" loss {r['loss']:.4f}, 90 %: {r['lo']:.4f} to {r['hi']:.4f}", f"  {r['command']}"]
+                  f" loss {r['loss']:.4f}, 90 %: {r['lo']:.4f} to {r['hi']:.4f}",
+                  " \\\n".join(textwrap.wrap(r["command"], 100, initial_indent="  ", subsequent_indent="      ",
+                                           break_long_words=False, break_on_hyphens=False))]
     return "\n".join(lines + pod_lines(found.get("pod")) + [f"warning: {w}" for w in found["warnings"]])
 
 

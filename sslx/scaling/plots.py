@@ -98,7 +98,7 @@ def log_axis(axis: Any, low: float, high: float) -> None:
         if high / low > 300:
             axis.set_minor_locator(NullLocator())
         return
-    if high / low > 3:
+    if high / low > 6:
         ticks = [m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
                  for m in (1, 2, 5)]
     else:
@@ -120,6 +120,11 @@ def of_budgets(points: Points) -> list[tuple[float, Array]]:
     """[(C, rows)] of each budget."""
     rows = [np.flatnonzero(points.budget == k) for k in range(points.budget.max() + 1)]
     return [(float(np.exp(np.log(points.c[r]).mean())), r[np.argsort(points.n[r])]) for r in rows]
+
+
+def of_compute(law: Law, c: Array) -> tuple[Array, Array]:
+    """Some (N, D) of c FLOPs, for a law that knows no more than these."""
+    return np.ones(len(c)), c / law.flops.of(1.0, 1.0)
 
 
 def parts(c: Array, c_max: float) -> tuple[Array, Array]:
@@ -180,12 +185,13 @@ def frontier(points: Points, law: Law, label: str = "", measured: Points | None 
     figure, (ax,) = canvas(COLUMN)
     last = max(10 * law.c_max, *(measured.c * 1.5 if measured is not None else [0.0]))
     c = np.geomspace(points.c.min(), last, 60)
-    n, d = np.array([law.optimum(float(x)) for x in c]).T if {"A", "B"} <= law.params.keys() else (np.ones(60), c / 6)
+    sized = {"A", "B"} <= law.params.keys()
+    n, d = np.array([law.optimum(float(x)) for x in c]).T if sized else of_compute(law, c)
     low, high = law.interval(n, d)
     inside, beyond = parts(c, law.c_max)
     ax.fill_between(c, low, high, color="#c8c8c8", linewidth=0, label=f"{CONFIDENCE:.0%} interval")
     ax.plot(points.c, points.loss, "o", color=SOFT, markersize=2.2, markeredgewidth=0, label="runs")
-    ax.plot(c[inside], law.loss(n, d)[inside], "-", color=DARK, label="law at the best size")
+    ax.plot(c[inside], law.loss(n, d)[inside], "-", color=DARK, label="law at the best size" if sized else "law")
     ax.plot(c[beyond], law.loss(n, d)[beyond], "--", color=DARK, label="extrapolated")
     if measured is not None:
         ax.plot(measured.c, measured.loss, "D", color="#c8442b", markeredgecolor="white", markeredgewidth=0.4,
@@ -289,7 +295,7 @@ def objectives(points: Mapping[str, Points], laws: Mapping[str, Law] | None = No
                     capsize=1.5, label=name.replace("_", " "))
         if laws and name in laws:
             at = np.geomspace(c.min(), 10 * c.max(), 50)
-            ax.fill_between(at, *laws[name].interval(1.0, at / 6), color=shade, alpha=0.15, linewidth=0)
+            ax.fill_between(at, *laws[name].interval(*of_compute(laws[name], at)), color=shade, alpha=0.2, linewidth=0)
     for (name, value), dash in zip((baselines or {}).items(), cycled(DASHES[2:], len(baselines or {})), strict=True):
         ax.axhline(value, color=SOFT, linestyle=dash, linewidth=0.9, label=name)
     log_x(ax, "model FLOPs")

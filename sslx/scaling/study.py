@@ -27,7 +27,7 @@ from sslx.scaling.law import Law
 from sslx.scaling.points import Points, from_runs, from_table
 from sslx.workdir import write_atomically
 
-KEPT = 12  # training points of a run
+KEPT = 8  # training points of a run
 Logs = dict[str, tuple[log.Record, list[log.Record]]]  # {name: (run, points)}
 FIELDS = ("title", "metric", "label", "n", "columns", "group")
 TABLES = (".csv", ".jsonl")

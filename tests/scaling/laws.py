@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sslx.scaling.forms import FORMS
+from sslx.scaling.forms import FORMS, Inputs
 from sslx.scaling.law import Flops, Law, Member
 from sslx.scaling.points import Points
 
@@ -21,7 +21,7 @@ def law(form: str = "chinchilla", c_max: float = 1e20, k: float = 6.0, drift: fl
     report = dict(warnings=["what the fit warned of"], intervals={name: [v * 0.9, v * 1.1] for name, v in params.items()},
                   exponents=dict(a=0.513, b=0.487, intervals=dict(a=[0.5, 0.52], b=[0.48, 0.5])),
                   backtest=dict(folds=FOLDS, failed=False), objective=1e-4, n_points=24, starts={})
-    return Law(form, params, (Member(form, 1.0, thetas),), drift, 0.0, c_max,
+    return Law(form, params, (Member(form, 1.0, Inputs(*np.zeros(4)), thetas),), drift, 0.0, c_max,
                Flops(np.array([0.0]), np.array([np.log(k)])), report)
 
 
