@@ -64,7 +64,10 @@ def styled(draw: Callable[..., Plot]) -> Callable[..., Plot]:
     @functools.wraps(draw)
     def within(*args: Any, **options: Any) -> Plot:
         with mpl.rc_context(STYLE):
-            return draw(*args, **options)
+            figure = draw(*args, **options)
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # which would move things a little each time they are drawn
+            return figure
     return within
 
 
@@ -290,8 +293,8 @@ def objectives(points: Mapping[str, Points], laws: Mapping[str, Law] | None = No
                                             cycled(DASHES, len(points)), strict=True):
         groups = [(c, p.loss[rows]) for c, rows in of_budgets(p)]
         c, mean = np.array([(c, y.mean()) for c, y in groups]).T
-        spread = np.array([(y.mean() - y.min(), y.max() - y.mean()) for _, y in groups]).T
-        ax.errorbar(c, mean, spread if spread.any() else None, fmt=mark, linestyle=dash, color=shade, elinewidth=0.7,
+        spread = np.abs([(y.mean() - y.min(), y.max() - y.mean()) for _, y in groups]).T
+        ax.errorbar(c, mean, spread if (spread > 1e-9).any() else None, fmt=mark, linestyle=dash, color=shade, elinewidth=0.7,
                     capsize=1.5, label=name.replace("_", " "))
         if laws and name in laws:
             at = np.geomspace(c.min(), 10 * c.max(), 50)
