@@ -141,6 +141,10 @@ def cautions(law: Law, c: float, best: Choice, unique: float | None) -> list[str
     if beyond > FAR or beyond > reached > 1:
         found.append(f"the budget is {beyond:.3g} times the largest that was fitted; back-tests reached"
                      f" {reached:.3g} times")
+    smallest, largest = np.exp(law.flops.ln_n[[0, -1]])
+    if best.n < smallest or (best.n > largest and beyond <= 1):
+        found.append(f"the best size, {best.n:.3g}, is none that was fitted: these were {smallest:.3g} to"
+                     f" {largest:.3g}; run some on both sides of the best")
     if unique is not None and best.d > EPOCHS * unique:
         known = "" if law.form == "data-constrained" else ", and the law, which knows fresh data only, expects too much"
         found.append(f"the best choice sees the data {best.d / unique:.3g} times: beyond about {EPOCHS:g} epochs they"

@@ -125,11 +125,6 @@ def of_budgets(points: Points) -> list[tuple[float, Array]]:
     return [(float(np.exp(np.log(points.c[r]).mean())), r[np.argsort(points.n[r])]) for r in rows]
 
 
-def of_compute(law: Law, c: Array) -> tuple[Array, Array]:
-    """Some (N, D) of c FLOPs, for a law that knows no more than these."""
-    return np.ones(len(c)), c / law.flops.of(1.0, 1.0)
-
-
 def parts(c: Array, c_max: float) -> tuple[Array, Array]:
     """Where a line is within the fit, and beyond it, with one point in both."""
     last = int((c <= c_max * 1.001).sum())
@@ -189,7 +184,9 @@ def frontier(points: Points, law: Law, label: str = "", measured: Points | None 
     last = max(10 * law.c_max, *(measured.c * 1.5 if measured is not None else [0.0]))
     c = np.geomspace(points.c.min(), last, 60)
     sized = {"A", "B"} <= law.params.keys()
-    n, d = np.array([law.optimum(float(x)) for x in c]).T if sized else of_compute(law, c)
+    # A best size below all that were run would show the law where it knows nothing.
+    n = np.array([max(law.optimum(float(x))[0], points.n.min()) for x in c]) if sized else np.ones(len(c))
+    d = c / law.flops.of(n, 1.0)
     low, high = law.interval(n, d)
     inside, beyond = parts(c, law.c_max)
     ax.fill_between(c, low, high, color="#c8c8c8", linewidth=0, label=f"{CONFIDENCE:.0%} interval")
@@ -294,11 +291,12 @@ def objectives(points: Mapping[str, Points], laws: Mapping[str, Law] | None = No
         groups = [(c, p.loss[rows]) for c, rows in of_budgets(p)]
         c, mean = np.array([(c, y.mean()) for c, y in groups]).T
         spread = np.abs([(y.mean() - y.min(), y.max() - y.mean()) for _, y in groups]).T
-        ax.errorbar(c, mean, spread if (spread > 1e-9).any() else None, fmt=mark, linestyle=dash, color=shade, elinewidth=0.7,
-                    capsize=1.5, label=name.replace("_", " "))
+        ax.errorbar(c, mean, spread if (spread > 1e-9).any() else None, fmt=mark, linestyle=dash, color=shade,
+                    elinewidth=0.7, capsize=1.5, label=name.replace("_", " "))
         if laws and name in laws:
             at = np.geomspace(c.min(), 10 * c.max(), 50)
-            ax.fill_between(at, *laws[name].interval(*of_compute(laws[name], at)), color=shade, alpha=0.2, linewidth=0)
+            low, high = laws[name].interval(1.0, at / laws[name].flops.of(1.0, 1.0))
+            ax.fill_between(at, low, high, color=shade, alpha=0.2, linewidth=0)
     for (name, value), dash in zip((baselines or {}).items(), cycled(DASHES[2:], len(baselines or {})), strict=True):
         ax.axhline(value, color=SOFT, linestyle=dash, linewidth=0.9, label=name)
     log_x(ax, "model FLOPs")

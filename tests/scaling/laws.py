@@ -18,11 +18,12 @@ def law(form: str = "chinchilla", c_max: float = 1e20, k: float = 6.0, drift: fl
     theta = FORMS[form].internal(params)
     thetas = np.tile(theta, (41, 1))
     thetas[:, 1:3] += np.linspace(-0.01, 0.01, 41)[:, None]
-    report = dict(warnings=["what the fit warned of"], intervals={name: [v * 0.9, v * 1.1] for name, v in params.items()},
+    report = dict(warnings=["what the fit warned of"],
+                  intervals={name: [v * 0.9, v * 1.1] for name, v in params.items()},
                   exponents=dict(a=0.513, b=0.487, intervals=dict(a=[0.5, 0.52], b=[0.48, 0.5])),
                   backtest=dict(folds=FOLDS, failed=False), objective=1e-4, n_points=24, starts={})
     return Law(form, params, (Member(form, 1.0, Inputs(*np.zeros(4)), thetas),), drift, 0.0, c_max,
-               Flops(np.array([0.0]), np.array([np.log(k)])), report)
+               Flops(np.log([1e7, 1e10]), np.log([k, k])), report)
 
 
 def points(of: Law, budgets: int = 4, sizes: int = 6, noise: float = 0.0) -> Points:

@@ -131,6 +131,11 @@ def test_warnings_of_the_law_and_of_the_distance():
     assert far["hi"] / far["lo"] > near["hi"] / near["lo"]
 
 
+def test_a_best_size_that_was_never_run():
+    few = law()._replace(flops=law().flops._replace(ln_n=np.log([3e9, 1e10])))
+    assert "is none that was fitted: these were 3e+09 to 1e+10" in plan.plan(few, 1e20)["warnings"][-1]
+
+
 @pytest.mark.parametrize("count", ["n_params", "n_params_nonembedding"])
 def test_the_command_line_of_the_run_spends_the_budget(tmp_path, count):
     """Its FLOPs are counted again on the config that the line makes, and its parameters."""
@@ -156,6 +161,7 @@ def test_whether_it_fits_a_pod_and_how_long_it_takes(tmp_path):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install 'sslx[tpu]'")
     found = planned(tmp_path, "--budget", "3e11", "--config", f"{CAUSAL}:debug", "--topology", "v5e:2x2",
                     "--config.mesh.data=4", "--mfu", "0.3", c_max=1e12)
+    assert "is none that was fitted" in found["warnings"][-1]
     pod, run = found["pod"], found["run"]
     assert pod["fits"] and pod["devices"] == 4 and 0 < pod["hbm_peak_bytes"] < pod["hbm_limit_bytes"]
     assert pod["hours"] == pytest.approx(run["flops"] / (4 * 0.3 * PEAKS["TPU v5e"]) / 3600)

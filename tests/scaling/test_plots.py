@@ -1,8 +1,8 @@
 """Figures hold what they are about, with units, at the width of a column, readable without colours."""
 
-import re
 import xml.etree.ElementTree as ElementTree
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 from laws import law, points
@@ -19,7 +19,8 @@ RUNS = {name: (dict(n_params=n), [dict(split="train", step=s, flops_model=s * n,
                                   (1, 10, 100)]) for name, n in (("small", 1e6), ("large", 4e6), ("again", 1e6))}
 ACCURACY = {name: POINTS._replace(loss=0.9 - (POINTS.c / 1e20) ** -0.1 / more, metric="knn/accuracy")
             for name, more in (("mae", 8), ("dino", 6))}
-TRIED = {name: [Tried(w, r, 3 + abs(np.log2(r / best / w**slope))) for w in (64, 128, 256) for r in 2.0 ** np.arange(-9, -4)]
+RATES = 2.0 ** np.arange(-9, -4)
+TRIED = {name: [Tried(w, r, 3 + abs(np.log2(r / best / w**slope))) for w in (64, 128, 256) for r in RATES]
          for name, best, slope in (("standard", 1, -1), ("muP", 2**-7, 0))}
 FIGURES = {
     "isoflops": lambda: plots.isoflops(POINTS, LAW, "loss (nats)"),
@@ -56,11 +57,6 @@ def test_the_svg_is_small_whole_and_the_same_each_time(figure):
     assert figure.axes[0].get_xlabel().split(" $")[0] in "".join(root.itertext())
 
 
-def xy(ax, marker: str = "") -> np.ndarray:
-    """Points of the lines of an axes that have this marker."""
-    return np.concatenate([np.array(line.get_xydata()) for line in ax.lines if line.get_marker() == marker])
-
-
 def test_every_run_is_drawn_where_it_is():
     ax = FIGURES["isoflops"]().axes[0]
     drawn = np.concatenate([line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 6])
@@ -69,11 +65,9 @@ def test_every_run_is_drawn_where_it_is():
 
 
 def test_the_lines_of_equal_compute_are_the_law():
-    for line in FIGURES["isoflops"]().axes[0].lines:
-        if line.get_linestyle() == "-" and line.get_marker() == "None":
-            n, loss = line.get_xydata().T
-            c = LAW.flops.of(n, 1.0) * np.array([POINTS.c[np.abs(POINTS.n - x).argmin()] for x in n]) / LAW.flops.of(n, 1.0)
-            assert min(np.abs(LAW.loss(n, k / LAW.flops.of(n, 1.0)) / loss - 1).max() for k in np.unique(c)) < 1e-6
+    lines = [line.get_xydata().T for line in FIGURES["isoflops"]().axes[0].lines if line.get_linestyle() == "-"]
+    for (n, loss), c in zip(lines, np.unique(POINTS.c.round(-6)), strict=True):
+        np.testing.assert_allclose(LAW.loss(n, c / 6 / n), loss, rtol=1e-6)
 
 
 def test_the_interval_holds_the_law_and_widens():
@@ -131,17 +125,17 @@ def test_laws_of_metrics_shade_their_objective():
 def test_transfer_marks_the_best_rate_of_each_width():
     for ax, (name, runs) in zip(FIGURES["transfer"]().axes, TRIED.items(), strict=True):
         marked = sorted(line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 1)
-        best = sorted(min((r for r in runs if r.width == w), key=lambda r: r.loss).learning_rate for w in (64, 128, 256))
-        assert marked == best and ax.get_title() == name
+        best = [min((r.loss, r.learning_rate) for r in runs if r.width == w)[1] for w in (64, 128, 256)]
+        assert marked == sorted(best) and ax.get_title() == name
 
 
-@pytest.mark.parametrize("x, text", [(1e18, "$10^{18}$"), (3.2e18, r"$3.2\times 10^{18}$"), (640.0, r"$6.4\times 10^{2}$")])
+@pytest.mark.parametrize("x, text", [(1e18, "$10^{18}$"), (3.2e18, r"$3.2\times 10^{18}$"),
+                                     (640.0, r"$6.4\times 10^{2}$")])
 def test_powers(x, text):
     assert plots.power(x) == text
 
 
 def test_nothing_is_left_of_the_style():
-    import matplotlib as mpl
     before = dict(mpl.rcParams)
     FIGURES["training"]()
-    assert dict(mpl.rcParams) == before and re.search("DejaVu Sans", plots.svg(FIGURES["training"]()))
+    assert dict(mpl.rcParams) == before
