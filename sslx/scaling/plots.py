@@ -54,7 +54,7 @@ def svg(figure: Figure) -> str:
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = out.getvalue().partition("<!DOCTYPE")[2].partition(">")[2].strip()
     for pattern, short in ((r"<!--.*?-->|(?<=>)\s+(?=<)", ""), (r"(\.\d\d)\d+", r"\1"),
-                           (r"; font-family: [^;\"]*", "")):
+                           (r"; font-family: [^;\"]*", ""), (r' id="\w*[a-z._]+_\d+"', "")):
         text = re.sub(pattern, short, text, flags=re.DOTALL)
     return text.replace("<svg ", "<svg style=\"font-family: 'DejaVu Sans', Verdana, sans-serif\" ", 1)
 
