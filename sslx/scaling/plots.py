@@ -142,7 +142,7 @@ def isoflops(points: Points, law: Law | None = None, label: str = "") -> Plot:
     for (c, rows), shade, mark in zip(budgets, shades(len(budgets)), cycled(MARKS, len(budgets)), strict=True):
         ax.plot(points.n[rows], points.loss[rows], mark, color=shade, markeredgewidth=0, label=power(c))
         if law is not None:
-            n = np.geomspace(points.n[rows].min() / 1.3, points.n[rows].max() * 1.3, 60)
+            n = np.geomspace(points.n[rows].min() / 1.3, points.n[rows].max() * 1.3, 40)
             ax.plot(n, law.loss(n, c / law.flops.of(n, 1.0)), "-", color=shade, linewidth=0.9)
     minima = parabolas(points)
     ax.plot(np.exp(minima.ln_n), minima.loss, "o", markerfacecolor="none", markeredgecolor=DARK, markersize=6.5,

@@ -188,7 +188,7 @@ STYLE = """
 .paper { margin: 0; padding: .8rem; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; }
 .paper.wide { grid-column: 1 / -1; }
 .paper svg { display: block; width: 100%; height: auto; max-width: 40rem; margin: auto; }
-.paper.wide svg { max-width: 64rem; }
+.paper.wide { overflow-x: auto; } .paper.wide svg { min-width: 34rem; max-width: 64rem; }
 .facts.wide { grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
 .numbers table { width: 100%; } .numbers p { margin: 0 0 .5rem; }
 .numbers :is(th, td):not(:first-child) { text-align: right; } .numbers :is(th, td):last-child { padding-right: 0; }

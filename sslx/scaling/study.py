@@ -15,6 +15,7 @@ All but study.json and runs may be missing.
 
 import argparse
 import json
+import os
 import pathlib
 import sys
 from collections import defaultdict
@@ -103,10 +104,10 @@ def workdirs(folders: Iterable[pathlib.Path]) -> list[pathlib.Path]:
 
 
 def logs(folders: Iterable[pathlib.Path | str]) -> Logs:
-    """The logs of all runs below `folders`, by the names of their workdirs, which are unlike or get longer."""
+    """The logs of all runs below `folders`, by the paths of their workdirs from the folder that holds all."""
     where = workdirs(map(pathlib.Path, folders))
-    short = len({w.name for w in where}) == len(where)
-    found = {w.name if short else str(w): log.read(w) for w in where}
+    root = os.path.commonpath([w.absolute().parent for w in where])
+    found = {os.path.relpath(w, root): log.read(w) for w in where}
     return {name: (runs[-1], points) for name, (runs, points) in found.items() if runs}
 
 
@@ -152,7 +153,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", required=True, type=pathlib.Path)
     given = parser.parse_args(arguments)
     try:
-        for workdir in workdirs(given.runs):
+        found = workdirs(given.runs)
+        if len({w.name for w in found}) < len(found):
+            raise UserError("several of these runs have workdirs of the same name: cut them into folders of their own")
+        for workdir in found:
             records = cut(log.records(workdir))
             path = given.out / workdir.name / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,14 @@ def test_what_is_no_study(tmp_path, about, said):
         study.read(tmp_path)
 
 
+def test_runs_of_one_name(tmp_path, capsys):
+    for folder in ("a", "b"):
+        log_of_a_run(tmp_path / folder / "r", 1e6)
+    assert study.logs([tmp_path]).keys() == {"a/r", "b/r"} and study.logs([tmp_path / "a"]).keys() == {"r"}
+    assert study.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "workdirs of the same name" in capsys.readouterr().err
+
+
 def test_nothing_to_cut(tmp_path, capsys):
     assert study.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no metrics.jsonl below" in capsys.readouterr().err
