@@ -11,6 +11,7 @@ import numpy as np
 from sslx.scaling.forms import Array
 from sslx.scaling.points import Points
 
+NEAR = 5   # points around the least loss of a budget that a parabola goes through
 LEAST = 3  # points of a budget through which a parabola says something
 
 
@@ -45,7 +46,8 @@ def parabolas(points: Points) -> Optima:
     found, edge = [], 0
     for k in range(budget.max() + 1):
         rows = np.flatnonzero(budget == k)
-        rows = rows[np.argsort(x.n[rows])]
+        least = x.n[rows][points.loss[rows].argmin()]
+        rows = rows[np.argsort(np.abs(x.n[rows] - least), kind="stable")][:NEAR]  # farther away it is no parabola
         if len(np.unique(x.n[rows])) < LEAST:
             continue
         centre = x.n[rows].mean()

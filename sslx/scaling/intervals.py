@@ -15,8 +15,9 @@ from sslx.scaling.points import Points
 RESAMPLES, OF_A_FOLD = 200, 40
 # These are chosen so that intervals cover what they should in synthetic studies (tests/scaling/test_coverage.py).
 RUN_SHAPE, BUDGET_SHAPE = 4 / 3, 25.0  # of the Gamma laws of weights of runs and budgets: the variances are 1/shape
-SURE, DRIFT = 1.3, 8.0   # standard deviations that are noise; how much more of a bend comes than back-tests have seen
-ODD, MISFIT = 1.5, 1.5   # the same for the mean residual of a budget
+SURE, DRIFT = 1.4, 8.0   # standard deviations that are noise; how much more of a bend comes than back-tests have seen
+ODD, MISFIT = 1.0, 1.6   # the same for the mean residual of a budget, or of one of
+SIZES = 6                # classes of N, each with as many points
 MOST_CUTS = 6
 HALF = 0.1  # by how much of ln C half of the decades may be missed
 
@@ -88,12 +89,10 @@ def widening(fit: Fitted, points: Points, folds: list[Fold]) -> tuple[float, flo
     """(drift, misfit): see `law.Law`. What noise explains does not count."""
     drift = max((max(0.0, abs(f.error) - SURE * f.noise) / np.log(f.extrapolation) for f in folds), default=0.0)
     residual = np.log(points.loss) - fit.form.log_loss(fit.theta, points.inputs.within(fit.centre))
-    misfit, budget = 0.0, points.budget
-    for k in range(budget.max() + 1):
-        r = residual[budget == k]
-        if len(r) > 2:
-            misfit = max(misfit, abs(r.mean()) - ODD * r.std() / np.sqrt(len(r) - 1))
-    return DRIFT * drift, MISFIT * misfit
+    sizes = np.searchsorted(np.quantile(points.n, np.arange(1, SIZES) / SIZES), points.n)
+    groups = [residual[of == k] for of in (points.budget, sizes) for k in np.unique(of)]
+    misfit = max((abs(r.mean()) - ODD * r.std() / np.sqrt(len(r) - 1) for r in groups if len(r) > 2), default=0.0)
+    return DRIFT * drift, MISFIT * max(0.0, misfit)
 
 
 def resample_weights(points: Points, n: int, draw: np.random.Generator) -> Array:

@@ -37,7 +37,7 @@ class Law(NamedTuple):
     params:    {name: value}.
     members:   what intervals are made of.
     drift:     how wrong earlier extrapolations were: of loss - E, for a factor e of compute beyond the fit.
-    misfit:    how far the mean of a budget's points lies from the law, of the loss, beyond what noise explains.
+    misfit:    how far all points of a budget or a class of sizes lie from the law, of the loss, beyond their noise.
     c_max:     FLOPs of the largest budget that was fitted.
     flops:     FLOPs of a size and an amount of data.
     report:    what else the fit found: objective, n_points, starts, intervals, exponents, backtest, warnings.
