@@ -53,10 +53,16 @@ def svg(figure: Figure) -> str:
     with mpl.rc_context(STYLE):
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = out.getvalue().partition("<!DOCTYPE")[2].partition(">")[2].strip()
-    for pattern, short in ((r"<!--.*?-->|(?<=>)\s+(?=<)", ""), (r"(\.\d\d)\d+", r"\1"),
-                           (r"; font-family: [^;\"]*", ""), (r' id="\w*[a-z._]+_\d+"', "")):
-        text = re.sub(pattern, short, text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->|(?<=>)\s+(?=<)", "", text, flags=re.DOTALL)
+    text = re.sub(r"<[^>]*>", lambda tag: shorter(tag[0]), text)
     return text.replace("<svg ", "<svg style=\"font-family: 'DejaVu Sans', Verdana, sans-serif\" ", 1)
+
+
+def shorter(tag: str) -> str:
+    """A tag with hundredths of a point, and without its font and a name that nothing refers to."""
+    for pattern, short in ((r"(\.\d\d)\d+", r"\1"), (r"; font-family: [^;\"]*", ""), (r' id="\w*[a-z._]+_\d+"', "")):
+        tag = re.sub(pattern, short, tag)
+    return tag
 
 
 def styled(draw: Callable[..., Plot]) -> Callable[..., Plot]:

@@ -112,10 +112,14 @@ def logs(folders: Iterable[pathlib.Path | str]) -> Logs:
 
 
 def ends(found: Logs, metric: str, count: str = "n_params") -> list[dict[str, Any]]:
-    """What each run ended with: {run, n, d, flops, epochs, value}; value is None if the metric is missing."""
+    """What each run ended with, by folder, size and FLOPs: {run, n, d, flops, epochs, value}.
+
+    value is None if the metric is missing.
+    """
     last = {name: (run, [p for p in points if p["split"] == "eval"][-1:]) for name, (run, points) in found.items()}
-    return [dict(run=name, n=run[count], d=p["tokens_seen"], flops=p["flops_model"], epochs=p["epochs"],
+    rows = [dict(run=name, n=run[count], d=p["tokens_seen"], flops=p["flops_model"], epochs=p["epochs"],
                  value=p["metrics"].get(metric)) for name, (run, judged) in last.items() for p in judged]
+    return sorted(rows, key=lambda r: (os.path.dirname(r["run"]), r["n"], r["flops"]))
 
 
 def table(rows: Iterable[dict[str, Any]], metric: str) -> str:

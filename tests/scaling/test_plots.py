@@ -57,6 +57,17 @@ def test_the_svg_is_small_whole_and_the_same_each_time(figure):
     assert figure.axes[0].get_xlabel().split(" $")[0] in "".join(root.itertext())
 
 
+def test_what_is_written_is_not_shortened():
+    """Numbers of coordinates are; those of labels are what a reader takes for the truth."""
+    figure = plots.objectives({name: p._replace(loss=0.6 + p.loss / 40) for name, p in ACCURACY.items()})
+    labels = [t.get_text() for t in figure.axes[0].get_yticklabels() if t.get_text()]
+    assert any(len(text.partition(".")[2]) >= 3 for text in labels), labels
+    shown = {e.text for e in ElementTree.fromstring(plots.svg(figure)).iter() if e.text}
+    low, high = figure.axes[0].get_ylim()
+    ticks = zip(figure.axes[0].get_yticks(), labels, strict=True)
+    assert {text for tick, text in ticks if low <= tick <= high} <= shown
+
+
 def test_every_run_is_drawn_where_it_is():
     ax = FIGURES["isoflops"]().axes[0]
     drawn = np.concatenate([line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 6])
