@@ -107,11 +107,12 @@ def log_axis(axis: Any, low: float, high: float) -> None:
         if high / low > 300:
             axis.set_minor_locator(NullLocator())
         return
-    if high / low > 6:
+    most = 6 if 1e-2 < low < high < 1e4 else 3  # labels that fit: those with powers are long
+    if high / low > most:
         ticks = [m * 10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
                  for m in (1, 2, 5)]
     else:
-        gap = next(g * 10.0**e for e in range(-6, 20) for g in (1, 2, 5) if (high - low) / (g * 10.0**e) <= 6)
+        gap = next(g * 10.0**e for e in range(-6, 20) for g in (1, 2, 5) if (high - low) / (g * 10.0**e) <= most)
         ticks = list(np.arange(math.ceil(low / gap), math.floor(high / gap) + 1) * gap)
     axis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
     axis.set_major_formatter(FuncFormatter(lambda t, _: power(t) if not 1e-2 < t < 1e4 else f"{t:g}"))

@@ -44,7 +44,7 @@ def page(folders: Iterable[pathlib.Path], metric: str = "heldout/loss", count: s
     rest = [f for f in folders if f not in studies]
     if rest:
         groups += of_runs(rest, metric, count)
-    title = groups[0].title if len(groups) == 1 else f"{len(groups)} laws"
+    title = groups[0].title if len(groups) == 1 else f"{len(groups)} objectives or data"
     written = datetime.datetime.now().astimezone().strftime("%-d %B %Y, %H:%M %Z")
     return document(f"Scaling: {title}", [
         tag("header", tag("h1", title), tag("p", written, class_="ids")),
@@ -89,7 +89,7 @@ def attempted(points: Points) -> tuple[Law | None, str | None]:
 def about(g: Group, named: bool, metric: str) -> list[Html]:
     """What is known of a group, from top to bottom."""
     warnings = [*([f"No law: {g.refused}"] if g.refused else []), *(g.law.report["warnings"] if g.law else [])]
-    return [tag("h2", g.title) if named else Html(), facts(g),
+    return [tag("h2", g.title, class_="group") if named else Html(), facts(g),
             tag("ul", *(tag("li", w) for w in warnings), class_="notes") if warnings else Html(),
             law_table(g.law), section("Figures", figures(g)), prediction_table(g), run_table(g, metric)]
 
@@ -192,6 +192,7 @@ STYLE = """
 .facts.wide { grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
 .numbers table { width: 100%; } .numbers p { margin: 0 0 .5rem; }
 .numbers :is(th, td):not(:first-child) { text-align: right; } .numbers :is(th, td):last-child { padding-right: 0; }
+.group { font-size: 1.6rem; margin-top: 3.5rem; }
 .notes li + li { margin-top: .3rem; }
 @media (prefers-color-scheme: dark) { .paper svg { filter: invert(.9) hue-rotate(180deg); } }
 @media print { .paper svg { filter: none; } }
