@@ -40,6 +40,7 @@ SMALLER = (0.75, 0.5, 0.35, 0.25, 0.15)
 FAR, TOO_FAR = 10.0, 1000.0     # beyond the largest budget of the fit
 EPOCHS = 4.0                    # repetitions that cost next to nothing (Muennighoff et al. 2023)
 MFU = 0.4
+COARSE = 0.2                    # of ln N: how far a config's shapes may be from a planned size
 MOST_DATA = 30.0                # of the best amount: what over-training may take
 
 
@@ -290,7 +291,7 @@ def run_of(law: Law, found: dict[str, Any], conf: Any, flags: dict[str, Any], na
     if abs(expected.flops / made.flops - 1) > 0.1:
         found["warnings"].append(f"this config spends {made.flops / made.n / made.d:.3g} N D FLOPs, the runs of the law"
                                  f" {expected.flops / made.n / made.d:.3g}: another context, network or count of N")
-    if expected.loss > (1 + FLAT) * best["loss"]:
+    if abs(math.log(made.n / best["n"])) > COARSE:
         found["warnings"].append(f"the shapes of this config come no closer to N {best['n']:.3g} than {made.n:.3g}")
     if flags["topology"]:
         found["pod"] = recipe.on_pod(study, made, flags["topology"], flags["mfu"] or MFU)
