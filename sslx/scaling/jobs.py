@@ -63,8 +63,21 @@ def start(job: Job, cores: Sequence[int] = ()) -> subprocess.Popen:
     return process
 
 
-def all_of(jobs: Sequence[Job], at_once: int, say: Callable[[str], None]) -> tuple[dict[str, str], bool]:
-    """Does all jobs in their order, as far as what they need is there: ({failed: why}, whether it was stopped).
+class Ended(NamedTuple):
+    """failed: {run: why}. stopped: whether somebody asked for it."""
+
+    failed: dict[str, str]
+    stopped: bool
+
+
+class Running(NamedTuple):
+    job: Job
+    process: subprocess.Popen
+    began: float
+
+
+def all_of(jobs: Sequence[Job], at_once: int, say: Callable[[str], None]) -> Ended:
+    """Does all jobs in their order, as far as what they need is there, and goes on past those that fail.
 
     Ctrl-C or SIGTERM asks every process to save and stop, a second one to stop at once.
     """
@@ -77,54 +90,62 @@ def all_of(jobs: Sequence[Job], at_once: int, say: Callable[[str], None]) -> tup
             signal.signal(number, handler)
 
 
-def attend(waiting: list[Job], at_once: int, asked: list[int],
-           say: Callable[[str], None]) -> tuple[dict[str, str], bool]:
+def attend(waiting: list[Job], at_once: int, asked: list[int], say: Callable[[str], None]) -> Ended:
+    """Starts what can be started and ends what has ended, until nothing is left; `asked` grows with every signal."""
     failed: dict[str, str] = {}
-    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by the place among those at once
-    busy: dict[str, str] = {}
+    running: dict[int, Running] = {}  # by the place among those at once
+    told: set[str] = set()
     passed_on = 0
     while running or (waiting and not asked):
         for _ in range(len(asked) - passed_on):
-            for _, process, _ in running.values():
-                process.send_signal(signal.SIGINT)
-        passed_on = len(asked)
-        for place, (job, process, began) in list(running.items()):
-            if (status := process.poll()) is not None:
+            for one in running.values():
+                one.process.send_signal(signal.SIGINT)
+            passed_on += 1
+        for place, one in list(running.items()):
+            if one.process.poll() is not None:
                 del running[place]
-                took = f"after {time.monotonic() - began:.0f} s"
-                if status == 0:
-                    say(f"{job.name}: finished {took}{result(job)}")
-                elif asked:
-                    say(f"{job.name}: stopped {took}")
-                else:
-                    failed[job.name] = f"status {status}: {reason(job)}"
-                    say(f"{job.name}: failed {took} ({failed[job.name]})")
-        doing = {job.workdir for job, *_ in running.values()} | {job.workdir for job in waiting}
-        for job in list(waiting):
-            missing = job.needs is not None and not (job.needs / manifest.NAME).exists()
-            if missing and job.needs.parent.parent not in doing:  # type: ignore[union-attr]
-                waiting.remove(job)
-                failed[job.name] = f"there is no {job.needs} to branch from"
-                say(f"{job.name}: not started: {failed[job.name]}")
-            elif not missing and not asked and len(running) < at_once and (not running or room(job)):
-                if owner := written_by_another(job.workdir):
-                    if busy.get(job.name) != owner:
+                why = outcome(one, bool(asked), say)
+                failed |= {one.job.name: why} if why else {}
+        todo = {job.workdir for job in waiting} | {one.job.workdir for one in running.values()}
+        for job in [] if asked else list(waiting):
+            free = [place for place in range(at_once) if place not in running]
+            if job.needs is not None and not (job.needs / manifest.NAME).exists():
+                if job.needs.parent.parent not in todo:
+                    waiting.remove(job)
+                    failed[job.name] = f"there is no {job.needs} to branch from"
+                    say(f"{job.name}: not started, {failed[job.name]}")
+            elif free and (room(job) or not running):
+                if owner := written_by_another(job):
+                    if job.name not in told:
                         say(f"{job.name}: waits, {owner}")
-                    busy[job.name] = owner
+                    told.add(job.name)
                     continue
                 waiting.remove(job)
-                place = min(set(range(at_once)) - set(running))
-                running[place] = job, start(job, cores_of(place, at_once)), time.monotonic()
+                running[free[0]] = Running(job, start(job, cores_of(free[0], at_once)), time.monotonic())
                 say(f"{job.name}: started")
         time.sleep(POLL_S)
-    return failed, bool(asked)
+    return Ended(failed, bool(asked))
 
 
-def written_by_another(folder: pathlib.Path) -> str:
-    """Who writes in a workdir, "" if nobody alive does; a dead owner's lock is left to the run that takes it over."""
+def outcome(one: Running, asked: bool, say: Callable[[str], None]) -> str:
+    """Says how a run ended; why it failed, "" if it did not."""
+    name, took, status = one.job.name, f"after {time.monotonic() - one.began:.0f} s", one.process.returncode
+    if status == 0:
+        say(f"{name}: finished {took}{result(one.job)}")
+    elif asked:
+        say(f"{name}: stopped {took}")
+    else:
+        why = f"status {status}: {reason(one.job)}"
+        say(f"{name}: failed {took}, {why}")
+        return why
+    return ""
+
+
+def written_by_another(job: Job) -> str:
+    """Which other process trains in the workdir, such as one that outlived a killed sweep; "" if none that lives."""
     try:
-        if (folder / workdir.LOCK).exists():
-            workdir.take_over(folder / workdir.LOCK)
+        if (job.workdir / workdir.LOCK).exists():
+            workdir.take_over(job.workdir / workdir.LOCK)
     except UserError as error:
         return str(error)
     return ""

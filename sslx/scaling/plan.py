@@ -29,7 +29,7 @@ from sslx import aot, command
 from sslx.command import Flag
 from sslx.config import UserError, nearest
 from sslx.report import duration
-from sslx.scaling import recipe, sweep
+from sslx.scaling import grid, recipe, sweep
 from sslx.scaling.forms import Array
 from sslx.scaling.law import Law
 from sslx.topology import GENERATIONS
@@ -280,7 +280,7 @@ def run_of(law: Law, found: dict[str, Any], conf: Any, flags: dict[str, Any], na
     count = flags["n"] or "n_params"
     if count not in recipe.COUNTS:
         raise UserError(f"--n is {count!r}; it takes{nearest(count, recipe.COUNTS)}")
-    study = sweep.Study(aot.offline(conf))
+    study = grid.Study(aot.offline(conf))
     best, c = found["optimum"], found["budget"]["flops"]
     devices = recipe.topology(flags["topology"]).devices if flags["topology"] else [None]
     made = recipe.recipe(study, given, best["n"], c, count, len(devices))

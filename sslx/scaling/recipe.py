@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from sslx import aot, config, flops, workdir
 from sslx.config import UserError
-from sslx.scaling import sweep
-from sslx.scaling.sweep import FEWEST_STEPS, Changes, Cost, Study
+from sslx.scaling import grid
+from sslx.scaling.grid import FEWEST_STEPS, Changes, Cost, Study
 from sslx.topology import topology
 
 COUNTS = {"n_params": flops.n_params, "n_params_nonembedding": flops.n_params_nonembedding}
@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
 def recipe(study: Study, given: set[str], n: float, budget: float, count: str, rows_least: int = 1) -> Recipe:
     """The run of about `n` parameters that spends `budget` FLOPs, counted on what is trained.
 
-    Fields that flags have set (`given`) stay; else learning rate and batch of text are Step Law's, as in a sweep.
+    Fields that flags have set (`given`) stay; else learning rate and batch of text are Step Law's, as in a grid.
     Raises UserError for a network without width, depth and heads, and a budget of too few steps.
     """
     shape = size(study, n, count)
@@ -43,15 +43,15 @@ def recipe(study: Study, given: set[str], n: float, budget: float, count: str, r
     first = study.cost(shape, rows)
     d = budget / first.flops * first.tokens
     if text and "data.batch_size" not in given:
-        rows = max(rows_least, sweep.rows_of("steplaw", d, first.tokens / rows, study))
+        rows = max(rows_least, grid.rows_of("steplaw", d, first.tokens / rows, study))
     cost = study.cost(shape, rows)
     steps = round(budget / cost.flops)
     if steps < FEWEST_STEPS:
         raise UserError(f"the budget is {steps} steps of {rows} rows, {cost.flops:.3g} FLOPs each: take a larger one,"
                         " or fewer rows (--config.data.batch_size)")
-    changes = shape | {"data.batch_size": rows} | sweep.lasting(study, steps)
+    changes = shape | {"data.batch_size": rows} | grid.lasting(study, steps)
     if text and "optim.learning_rate" not in given and not study.sections["model"].get("base"):
-        changes["optim.learning_rate"] = sweep.rate_of("steplaw", cost.n, d, study)
+        changes["optim.learning_rate"] = grid.rate_of("steplaw", cost.n, d, study)
     return Recipe(changes, cost, cost.n_params if count == "n_params" else cost.n, steps)
 
 
@@ -66,7 +66,7 @@ def size(study: Study, n: float, count: str) -> Changes:
                     max(1, study.conf.mesh.get("tensor", 1)))  # heads go by groups of queries, and over devices
 
     def shape(heads: int, depth: int) -> Changes:
-        return sweep.of_shape(f"{heads * head}x{depth}x{heads}", model)
+        return grid.of_shape(f"{heads * head}x{depth}x{heads}", model)
 
     def depth_of(heads: int) -> int:
         return max(1, round(heads * head / proportion))
@@ -111,7 +111,7 @@ def command(study: Study, given: set[str], named: str, found: Recipe) -> str:
 def on_pod(study: Study, found: Recipe, name: str, mfu: float) -> dict[str, Any]:
     """What the compiler says of the run on a slice: fits, and hours at `mfu`, at the roofline and as scheduled."""
     target = topology(name)
-    made = aot.report(aot.step_of(sweep.changed(study.conf, found.changes), target.devices), target)
+    made = aot.report(aot.step_of(grid.changed(study.conf, found.changes), target.devices), target)
     chips = made["devices"] / target.generation.devices_per_chip
     at_peak = found.flops / (made["devices"] * made["peak_flops"]) / 3600
     pod = {k: made[k] for k in ("topology", "devices", "fits", "hbm_peak_bytes", "hbm_limit_bytes")}
