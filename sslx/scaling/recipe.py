@@ -35,7 +35,7 @@ class Recipe(NamedTuple):
 def recipe(study: Study, given: set[str], n: float, budget: float, count: str, rows_least: int = 1) -> Recipe:
     """The run of about `n` parameters that spends `budget` FLOPs, counted on what is trained.
 
-    Fields that flags have set (`given`) stay; else learning rate and batch of text are Step Law's, as in a grid.
+    Fields that flags have set (`given`) stay; else learning rate and batch of text are Step Law's, as in a sweep.
     Raises UserError for a network without width, depth and heads, and a budget of too few steps.
     """
     shape = size(study, n, count)
