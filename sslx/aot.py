@@ -46,12 +46,17 @@ class Step(NamedTuple):
 
 def step_of(conf: ml_collections.ConfigDict, devices: list[Any]) -> Step:
     """The step of `conf` on `devices`, without data and evaluations. The mesh must be set where it is traced."""
+    return abstract_step(experiment.build(offline(conf), devices))
+
+
+def offline(conf: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config without evaluations and, if it has config.data.synthetic, without data."""
     conf = conf.copy_and_resolve_references()
     with conf.unlocked():
         if conf.data.get("synthetic"):
             conf.data.train = dict(conf.data.synthetic, name="synthetic")
         conf.evals = {}
-    return abstract_step(experiment.build(conf, devices))
+    return conf
 
 
 def abstract_step(built: Experiment) -> Step:

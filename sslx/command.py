@@ -12,7 +12,8 @@ from ml_collections import ConfigDict, config_flags
 from sslx.config import UserError, redacted
 
 FIELD = re.compile(r"config(\.[A-Za-z_]\w*(\[\d+\])*)+")
-DEFINE: dict[type, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, bool: flags.DEFINE_boolean}
+DEFINE: dict[type, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float,
+                           bool: flags.DEFINE_boolean}
 
 
 class Flag(NamedTuple):
@@ -23,7 +24,8 @@ class Flag(NamedTuple):
     required: bool = False
 
 
-def parse(module: str, doc: str | None, wanted: Mapping[str, Flag], arguments: list[str]) -> tuple[Any, dict[str, Any]]:
+def parse(module: str, doc: str | None, wanted: Mapping[str, Flag], arguments: list[str],
+          needs_config: bool = True) -> tuple[Any, dict[str, Any]]:
     """(config, {flag: value}) of `python -m sslx.<module> <arguments>`, which `doc` explains.
 
     Raises UserError for what cannot be read; prints the help and exits if asked for it.
@@ -62,7 +64,8 @@ def parse(module: str, doc: str | None, wanted: Mapping[str, Flag], arguments: l
         raise UserError(f"get_config() in {file} returns {config.value!r:.100}; it must return an"
                         " ml_collections.ConfigDict")
     given = {name: holder.value for name, holder in holders.items()}
-    for name, value in {"config": config.value, **{n: given[n] for n, flag in wanted.items() if flag.required}}.items():
+    needed = {"config": config.value} if needs_config else {}
+    for name, value in (needed | {n: given[n] for n, flag in wanted.items() if flag.required}).items():
         if value is None:
             raise UserError(f"--{name} is missing.\n{doc}")
     return config.value, given

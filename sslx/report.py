@@ -401,20 +401,25 @@ def page(runs: Sequence[Record], points: Sequence[Record], events: Sequence[Reco
          written: datetime.datetime) -> str:
     run = runs[-1]
     title = f"{run.get('objective', 'run')} on {run.get('dataset', 'unnamed data')}"
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-    head = tag("head", tag("meta", charset="utf-8"),
-               tag("meta", http_equiv="Content-Security-Policy", content=policy),
-               tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-               tag("link", rel="icon", href="data:,"), tag("title", f"{title} · sslx"),
-               tag("style", Html(STYLE)))
-    body = tag("body", tag("main", join([
+    return document(title, [
         heading(title, runs, points, events, written), summary(run, points), sample_section(samples),
         section("Loss", loss_plots(points)),
         section("Evaluations", evaluation_plots(points)),
         section("Collapse monitors", monitor_plots(points)),
         section("Optimization and throughput", machine_plots(points)),
         section("Other training metrics", other_plots(points)),
-        compute(run), time_spent(points), settings(run)])), tag("script", Html(SCRIPT)))
+        compute(run), time_spent(points), settings(run)], script=SCRIPT)
+
+
+def document(title: str, parts: Iterable[Html], style: str = "", script: str = "") -> str:
+    """A page that may request nothing, with `style` after that of all pages."""
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    head = tag("head", tag("meta", charset="utf-8"),
+               tag("meta", http_equiv="Content-Security-Policy", content=policy),
+               tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+               tag("link", rel="icon", href="data:,"), tag("title", f"{title} · sslx"),
+               tag("style", Html(STYLE + style)))
+    body = tag("body", tag("main", join(parts)), tag("script", Html(script)) if script else "")
     return "<!doctype html>\n" + tag("html", head, "\n", body, lang="en") + "\n"
 
 

@@ -29,10 +29,11 @@ Changes = dict[str, Any]
 class Cost(NamedTuple):
     """Of one step of a network at a batch: what the plan divides by.
 
-    n: parameters without embeddings. tokens: corpus units, padding included.
+    n: parameters without embeddings, n_params: all. tokens: corpus units, padding included.
     """
 
     n: int
+    n_params: int
     flops: int
     tokens: int
     state_bytes: int
@@ -77,13 +78,17 @@ class Study:
         built = experiment.build(changed(conf, {"mesh": {}}), jax.devices()[:1])
         self.source, self.run, self.data, self.sections = built.source, built.run, built.data, built.config
 
-    def cost(self, changes: Changes, rows: int) -> Cost:
+    def step(self, changes: Changes, rows: int) -> aot.Step:
         conf = changed(self.conf, changes | {"data.batch_size": rows, "mesh": {}, "evals": {}})
-        step = aot.abstract_step(experiment.build(conf, jax.devices()[:1], self.source))
+        return aot.abstract_step(experiment.build(conf, jax.devices()[:1], self.source))
+
+    def cost(self, changes: Changes, rows: int) -> Cost:
+        step = self.step(changes, rows)
         with jax.set_mesh(step.built.mesh):
             counted = train.count_flops(step.built.objective, step.current, step.batch)
         model, info = config.build("models", step.built.config["model"], "config.model"), step.built.source.info
-        return Cost(flops.n_params_nonembedding(step.current.params), counted.model_total,
+        params = step.current.params
+        return Cost(flops.n_params_nonembedding(params), flops.n_params(params), counted.model_total,
                     rows * (info.length or grid_patches(model, info)), aot.local_bytes(step.current))
 
 
@@ -252,9 +257,13 @@ def of_group(study: Study, grid: Grid, cost: Cost, made: Changes, steps: dict[st
 
 
 def in_steps(study: Study, n: int) -> Changes:
-    """What a run of `n` steps sets: shares of the config's run.steps, and an evaluation at the end."""
-    ends = {"run.steps": n, "optim.steps": n, "run.eval_every": n, "run.eval_first": False,
-            "run.save_every": math.ceil(n / SAVES)}
+    """What a run of `n` steps of a sweep sets: it is evaluated at the end."""
+    return lasting(study, n) | {"run.eval_every": n, "run.eval_first": False, "run.save_every": math.ceil(n / SAVES)}
+
+
+def lasting(study: Study, n: int) -> Changes:
+    """What a run of `n` steps sets: shares of the config's run.steps."""
+    ends = {name: n for name in ("run.steps", "optim.steps")}
     if "steps" in study.sections["objective"]:
         ends["objective.steps"] = n
     flat = workdir.flat(study.sections)

@@ -19,6 +19,7 @@ OCTAVE = math.log(2)   # and their own points not farther than this
 POINTS = 3             # that a budget has, on average
 BINS = 8
 LARGEST_LOSS, SMALLEST_COUNT = 1e3, 1e3
+OF_THE_RUN = ("name", "steps", "temperature_warmup", "freeze_prototypes", "sample_length")  # steps: of its length
 ROLES = dict(n="parameters N", d="units seen D", c="FLOPs C", loss="the loss or metric", unique="units that are unique",
              weight="the weight of a row")
 
@@ -168,7 +169,7 @@ def from_runs(folders: Iterable[pathlib.Path], metric: str, count: str) -> Point
 
 def kind(run: Mapping[str, Any]) -> str:
     """What two runs must have in common for their losses to be comparable: objective with its settings, and data."""
-    section = {k: v for k, v in run["config"]["objective"].items() if k not in ("name", "steps", "sample_length")}
+    section = {k: v for k, v in run["config"]["objective"].items() if k not in OF_THE_RUN}
     contrastive = f" batch {run['batch_size']}" if run["objective"] == "simclr" else ""  # as many negatives
     return f"{run['objective']} {section}{contrastive} on {run['dataset']}"
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from studies import study
 
 from sslx.scaling.fit import fit
+from studies import study
 
 FACTORS = (1, 10, 100)  # of the largest budget in the fit
 
