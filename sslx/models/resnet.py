@@ -78,8 +78,8 @@ class ResNet(Backbone):
         for i, n_blocks in enumerate(self.stages):
             for j in range(n_blocks):
                 stride = 2 if i and not j else 1
-                blocks = (n_blocks, self.base.stages[i])
-                x = body(Residual(self.width * 2**i, stride, self.bottleneck, blocks, self.dtype, name=f"stage{i}_{j}"), x)
+                options = (self.width * 2**i, stride, self.bottleneck, (n_blocks, self.base.stages[i]), self.dtype)
+                x = body(Residual(*options, name=f"stage{i}_{j}"), x)
         return x.mean((1, 2), dtype=jnp.float32)
 
     def encode(self, images_BHWC, *, train: bool = False):
