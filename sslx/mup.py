@@ -36,7 +36,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from sslx.objectives import Objective
-from sslx.sharding import AXES
+from sslx.sharding import AXES, batch_sharding
 
 
 class Fans(NamedTuple):
@@ -97,9 +97,10 @@ def measured(objective: Objective, batch: Any) -> tuple[Any, list[tuple[str, Fan
     Nothing is computed: each weight stands as an abstract array whose last dimensions are its fans.
     """
     alone = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(alone)), batch)
     weights: list[tuple[str, Fans]] = []
     with jax.sharding.use_abstract_mesh(alone), during(noted, weights):
-        params, _ = jax.eval_shape(lambda batch: objective.init(jax.random.key(0), batch), batch)
+        params, _ = jax.eval_shape(lambda rows: objective.init(jax.random.key(0), rows), rows)
     return jax.tree.map(lambda x: Fans(*x.shape[-len(Fans._fields):]), params), weights
 
 

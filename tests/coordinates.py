@@ -14,12 +14,17 @@ STEPS = 5
 
 
 def experiment(name: str, changes: dict, rows: int = 4) -> Experiment:
-    """configs/<name>.py on one device, its layers unrolled, with fields such as "model.width" changed."""
+    """configs/<name>.py on one device, with fields such as "model.width" changed, on few tokens.
+
+    Of many, a step has the mean direction, with which each aligns the less; only beyond as many widths does it show.
+    """
     conf = CONFIGS[name].copy_and_resolve_references()
     conf.mesh, conf.data.batch_size = dict(data=1), rows
     for path, value in changes.items():
         section, field = path.split(".")
         conf[section][field] = value
+    if "length" in conf.data.train:
+        conf.data.train.length = 8
     return build(conf, jax.devices()[:1])
 
 

@@ -26,7 +26,7 @@ from sslx.sharding import make_mesh
 FLAT = 0.1  # d log change / d log size
 TUNED = 8   # the width of the base: what a network is born with is soon small against what it learns
 FEW, MANY = (32, 128), (32, 64, 128, 256, 512)
-RATE = {"adamw": 1e-2, "lion": 3e-3, "sgd": 0.3, "lars": 0.3}
+RATE = {"adamw": 1e-2, "lion": 3e-3, "sgd": 0.3, "lars": 1.0}
 LARGE_STEPS = {"optim.learning_rate": RATE["adamw"], "optim.warmup": 0, "optim.schedule": "constant",
                "optim.clip": None}
 UNROLLED = {"model.heads": 2, "model.scan": False}
