@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from experiments import CONFIGS, first_batch
 
+from sslx import train
 from sslx.experiment import Experiment, build
 from sslx.objectives import Objective
 from sslx.optim import Optimizer
@@ -24,7 +25,7 @@ def experiment(name: str, changes: dict, rows: int = 4) -> Experiment:
         section, field = path.split(".")
         conf[section][field] = value
     if "length" in conf.data.train:
-        conf.data.train.length = 8
+        conf.data.train.length = 16
     return build(conf, jax.devices()[:1])
 
 
@@ -69,8 +70,8 @@ def changes(objective: Objective, optimizer: Optimizer, batch, seeds: int) -> di
 
         def step(carry, _):
             params, opt_state, aux = carry
-            grads, (aux, found) = gradient(params, aux, batch, key)
-            return (*optimizer.update(grads, opt_state, params, key), aux), found
+            grads, (new, found) = gradient(params, aux, batch, key)
+            return (*optimizer.update(grads, opt_state, params, key), train.lying_as(new, aux)), found
 
         found = jax.lax.scan(step, (*optimizer.init(params), aux), None, length=STEPS + 1)[1]
         return {name: jnp.abs(x[STEPS] - x[0]).mean() for name, x in found.items()}

