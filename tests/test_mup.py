@@ -1,6 +1,7 @@
 """muP and CompleteP: activations move alike at every width and depth, for every network and optimizer.
 
-By default few widths, and the standard parametrization on two networks; -m slow takes widths 32 to 512 on all.
+By default two networks at few widths; -m slow takes all networks, from 32 to 512 wide and from 2 to 32 deep, and sweeps
+the learning rate.
 """
 
 import functools
@@ -32,8 +33,9 @@ LARGE_STEPS = {"optim.learning_rate": RATE["adamw"], "optim.warmup": 0, "optim.s
 UNROLLED = {"model.heads": 2, "model.scan": False}
 # What is set of each network; widths of a ResNet are those of its last stage.
 NETWORKS = {"causal_text": UNROLLED, "moe_text": UNROLLED, "span_text": UNROLLED, "mae_fashion_mnist": UNROLLED,
-            "dino_fashion_mnist": UNROLLED, "rotation_fashion_mnist": {"model.stages": (1, 1)},
-            "simclr_fashion_mnist": {"model.stages": (1, 1)}}
+            "rotation_fashion_mnist": {"model.stages": (1, 1)}, "simclr_fashion_mnist": {"model.stages": (1, 1)},
+            # The teacher is the student: otherwise it hardly moves.
+            "dino_fashion_mnist": UNROLLED | {"objective.momentum": (0.0, 0.0)}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,15 +46,14 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-@pytest.fixture(autouse=True)
-def readouts_born_at_zero(request, monkeypatch):
-    """What a readout makes of changed features at birth vanishes as 1 / sqrt(width): a correction, not the limit.
+@pytest.fixture
+def readouts_born_small(monkeypatch):
+    """What a readout makes of changed features with the weights that it was born with vanishes as 1 / sqrt(width).
 
-    Without it the limit shows at narrow widths, as in the paper (D.2). Not before norms, which zeros do not pass.
+    It is no part of the limit, and hides it at narrow widths; the paper lets readouts begin at zero (D.2).
     """
-    if not {"dino_fashion_mnist", "simclr_fashion_mnist"} & set(getattr(request.node, "callspec", None) and
-                                                               request.node.callspec.params.values() or ()):
-        monkeypatch.setattr(mup.Growth, "std", property(lambda g: float(g.o >= g.i)))
+    std = mup.Growth.std.fget
+    monkeypatch.setattr(mup.Growth, "std", property(lambda g: std(g) if g.o >= g.i else 0.01 * std(g)))
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def one_device():
         yield
 
 
-def over_widths(name, widths, parametrized, seeds=2):
+def over_widths(name, widths, parametrized, seeds=4):
     """Slopes of how far the activations of a network move."""
     def moved(width):
         scale = 2 if "model.stages" in NETWORKS[name] else 1
@@ -77,23 +78,19 @@ def steepest(found):
     return max(found.items(), key=lambda item: abs(item[1]))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_activations_of_every_network_move_alike_at_every_width(name):
+@pytest.mark.parametrize("name", ["causal_text", "rotation_fashion_mnist"])
+def test_activations_move_alike_at_every_width(name, readouts_born_small):
     path, slope = steepest(over_widths(name, FEW, True))
     assert abs(slope) < FLAT, path
-
-
-@pytest.mark.parametrize("name", ["causal_text", "rotation_fashion_mnist"])
-def test_without_a_base_they_do_not(name):
-    assert abs(steepest(over_widths(name, FEW, False))[1]) > 5 * FLAT
+    assert abs(steepest(over_widths(name, FEW, False, seeds=1))[1]) > 5 * FLAT
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-def test_coordinates_over_many_widths(name):
-    path, slope = steepest(over_widths(name, MANY, True, seeds=4))
+def test_activations_of_every_network_move_alike_at_every_width(name, readouts_born_small):
+    path, slope = steepest(over_widths(name, MANY, True, seeds=8))
     assert abs(slope) < FLAT, path
-    assert abs(steepest(over_widths(name, MANY, False))[1]) > FLAT
+    assert abs(steepest(over_widths(name, MANY, False, seeds=1))[1]) > 5 * FLAT
 
 
 class Tower(nn.Module):
@@ -161,20 +158,43 @@ def test_depths_from_2_to_32(name):
     assert abs(steepest(over_depths(name, False, (2, 4, 8, 16, 32)))[1]) > FLAT
 
 
-def test_growth_is_told_of_every_weight(monkeypatch):
+@pytest.fixture
+def growths(monkeypatch):
+    """What the optimizers that are made are told."""
+    told, make = {}, optim.make
+
+    @functools.wraps(make)
+    def noting(*, growth, **options):
+        told.update(growth or {})
+        return make(growth=growth, **options)
+
+    monkeypatch.setattr(optim, "make", noting)
+    return told
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_growth_of_fan_in_and_fan_out_is_that_of_the_size(name, growths):
+    """Of every parameter of every objective, against the shapes of the network and of its base."""
+    def shapes(width, **changes):
+        built = experiment(name, {"model.width": width, **changes})
+        with jax.set_mesh(built.mesh):
+            return state.abstract(built.objective, built.optimizer, 0, first_batch(built)).params
+
+    width = CONFIGS[name].model.width
+    small, large = shapes(width // 2), shapes(width, **{"model.base": {"width": width // 2}})
+    is_growth = lambda x: isinstance(x, Growth)  # noqa: E731
+    sizes = jax.tree.map(lambda g, x, y: (g.i * g.o, x.size / y.size), growths, large, small, is_leaf=is_growth)
+    assert all(grown == size for grown, size in jax.tree.leaves(sizes, is_leaf=lambda x: isinstance(x, tuple)))
+    found = {(g.i, g.o, g.r) for g in jax.tree.leaves(growths, is_leaf=is_growth)}
+    assert found >= {(1, 2, 1), (2, 2, 1)}
+
+
+def test_growth_is_told_of_every_weight(growths):
     """Grouped queries with as many keys and values as before, an MLP twice as wide as the residual stream grows."""
     conf = CONFIGS["causal_text"].copy_and_resolve_references()
     conf.mesh = dict(data=1)
     conf.model.update(width=128, heads=4, kv_heads=2, hidden=256, depth=6, scan=False, tied=False, norm="rms",
                       bias=False, qk_norm=True, base=dict(width=32, heads=2, hidden=128, depth=3))
-    growths, make = {}, optim.make
-
-    @functools.wraps(make)
-    def noting(*, growth, **options):
-        growths.update(growth)
-        return make(growth=growth, **options)
-
-    monkeypatch.setattr(optim, "make", noting)
     build(conf, jax.devices()[:1])
     block = growths["stack"]["block_5"]
     # K is 32 from 16, and two groups have keys and values of it.
