@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
-from sslx import config, evals, flops, optim, topology, workdir
+from sslx import config, evals, flops, mup, optim, topology, workdir
 from sslx.config import Count, Natural, Nonnegative, Only, Positive, Seed, UserError
 from sslx.data import Info, Source, pipeline
 from sslx.objectives import Objective
@@ -133,25 +134,42 @@ def build(conf: ml_collections.ConfigDict, devices: list | None = None, source: 
         raise UserError(f"config.data.batch_size={data.batch_size} does not divide into {run.accumulate} micro-batches"
                         f" (run.accumulate) over {batch_shards(mesh)} devices (mesh data x fsdp);"
                         f" choose a multiple of {rows}")
-    optimizer = config.call(optim.make, sections["optim"], "config.optim")
     model = config.build("models", sections["model"], "config.model")
     source = pipeline.source(data.train, "config.data.train", data.on_bad) if source is None else source
     if data.synthetic is not None:
         config.call(config.load("data", "synthetic"), data.synthetic, "config.data.synthetic")
 
-    def objective_on(info: Info) -> Objective:
+    def objective_on(info: Info, model: Any = model) -> Objective:
         return config.build("objectives", sections["objective"], "config.objective", model=model, info=info)
 
     if source.info.modality != model.modality:
         raise UserError(f"config.model.name={sections['model']['name']!r} reads {model.modality}, and"
                         f" config.data.train.name={data.train['name']!r} is a source of {source.info.modality}")
-    objective = objective_on(source.info)
+    objective, growth = objective_on(source.info), None
+    if sections["model"].get("base") is not None:
+        narrow = config.build("models", narrowed(sections["model"]), "config.model")
+        batch = abstract_batch(source.info, data.batch_size)
+        objective, growth = mup.parametrized(objective, objective_on(source.info, narrow), batch)
+    optimizer = config.call(optim.make, sections["optim"], "config.optim", growth=growth)
     evaluation = evals.make(sections["evals"], objective, mesh, data.on_bad)
     for split, other in evaluation.splits.items():
         check_alike(source.info, other.info, split, mesh)
         objective_on(other.info)
     source = Source(source.examples, source.info._replace(name=config.redacted(source.info.name)))
     return Experiment(config.redacted(sections), run, data, mesh, source, objective, optimizer, evaluation)
+
+
+def narrowed(section: Mapping[str, Any]) -> dict[str, Any]:
+    """config.model with the widths of its base, and its own depth."""
+    depths = ("depth", "decoder_depth", "stages")
+    return {**section, **{k: v for k, v in section["base"].items() if k not in depths}, "base": None}
+
+
+def abstract_batch(info: Info, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the tokens or images of a batch."""
+    if info.modality == "text":
+        return {"tokens": jax.ShapeDtypeStruct((rows, info.length), jnp.int32)}
+    return {"image": jax.ShapeDtypeStruct((rows, *info.shape), jnp.uint8)}
 
 
 def check_alike(trained: Info, judged: Info, split: str, mesh: jax.sharding.Mesh) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from sslx import flops, kernels, zigzag
+from sslx import flops, kernels, mup, zigzag
 from sslx.config import UserError
 from sslx.sharding import RULES, axis_size, gather, platform, residual, spec, whole
 
@@ -34,19 +34,31 @@ POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             "full": None}
 
 
-def weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...],
-           axes: tuple[str | None, ...]) -> jax.Array:
+def weight(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...],
+           n_in: int = 0, stacked: int = 0) -> jax.Array:
     """A float32 parameter of `module` whose dimensions have these logical axes.
 
+    Its fan-in are `n_in` dimensions after the `stacked` ones, which count weights side by side (sslx/mup.py).
     Raises UserError if a dimension does not divide over its mesh axis.
     """
+    path = "/".join((*module.path, name))
     for size, axis in zip(shape, axes, strict=True):
         devices = axis_size(axis) if axis else 1
         if size % devices:
-            where = "/".join((*module.path, name))
-            raise UserError(f"{where} {shape} has {size} along {axis!r}, which mesh.{RULES[axis]}={devices} does not"
+            raise UserError(f"{path} {shape} has {size} along {axis!r}, which mesh.{RULES[axis]}={devices} does not"
                             f" divide; choose a multiple of {devices}, or a smaller mesh.{RULES[axis]}")
-    return module.param(name, init, shape, jnp.float32, spec(*axes))
+    fans = mup.Fans(math.prod(shape[stacked:stacked + n_in]), math.prod(shape[stacked + n_in:]), *mup.stack.get())
+    if (noted := mup.noted.get()) is not None:  # abstract: the parameter is an array of the shape of its fans
+        noted.append((path, fans))
+        module.param(name, lambda key: jnp.zeros(fans))
+        return jnp.zeros(shape, jnp.float32, out_sharding=spec(*axes))
+    return module.param(name, mup.born(init, path, fans), shape, jnp.float32, spec(*axes))
+
+
+def matrix(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], n_in: int = 1,
+           scale: float = 1.0, stacked: int = 0) -> jax.Array:
+    """A `weight` that is born with variance scale² / fan-in."""
+    return weight(module, name, fan_in(n_in, scale, stacked), shape, axes, n_in, stacked)
 
 
 def fan_in(n_in: int = 1, scale: float = 1.0, stacked: int = 0) -> Callable:
@@ -73,7 +85,7 @@ class Linear(nn.Module):
     def __call__(self, x):
         features = (self.features,) if isinstance(self.features, int) else self.features
         shape = (*x.shape[-self.n_in:], *features)
-        w = weight(self, "kernel", fan_in(self.n_in, self.scale), shape, self.axes)
+        w = matrix(self, "kernel", shape, self.axes, self.n_in, self.scale)
         in_axes, out_axes = self.axes[:self.n_in], self.axes[self.n_in:]
         summed = any(RULES[a] == "tensor" for a in in_axes)
         out = None
@@ -98,7 +110,7 @@ class Embed(nn.Module):
 
     def setup(self):
         init, shape = nn.initializers.normal(self.std), (self.size, self.width)
-        self.rows = weight(self, self.parameter, init, shape, ("vocab", "embed"))
+        self.rows = weight(self, self.parameter, init, shape, ("vocab", "embed"), stacked=1)
 
     def __call__(self, ids_BT):
         return gather(self.rows.astype(self.dtype)).at[ids_BT].get(out_sharding=residual(ids_BT.shape[1]))
@@ -201,10 +213,14 @@ def attention(q_BTGRK, k_BSGK, v_BSGK, *, mask: Mask, window: int | None = None,
 
 
 class Attention(nn.Module):
-    """Multi-head attention; grouped queries if kv_heads < heads; onto `memory` if it is given."""
+    """Multi-head attention; grouped queries if kv_heads < heads; onto `memory` if it is given.
+
+    head_growth: K over that of the muP base. Keys learn to align with queries, and their products to grow as K.
+    """
 
     heads: int
     kv_heads: int
+    head_growth: float
     bias: bool
     qk_norm: bool
     rope: bool
@@ -227,6 +243,7 @@ class Attention(nn.Module):
             q, k = Norm("rms", name="q_norm")(q), Norm("rms", name="k_norm")(k)
         if self.rope:
             q, k = rope(q, positions), rope(k, positions)
+        q = q / math.sqrt(self.head_growth)
         y = checkpoint_name(attention(q, k, v, bias_GRTS=bias_GRTS, window=self.window, **masking), "attention")
         return Linear(width, ("heads", None, None, "embed"), n_in=3, bias=self.bias, scale=self.out_scale,
                       dtype=self.dtype, name="out")(y)
@@ -321,9 +338,9 @@ class Experts(nn.Module):
 
     def experts(self, x_BECD, needed):
         E, D, F = self.n, x_BECD.shape[-1], self.hidden
-        w_up = weight(self, "up", fan_in(stacked=1), (E, D, 2, F), ("experts", "expert_embed", None, "hidden"))
-        init = fan_in(scale=self.out_scale, stacked=1)
-        w_down = weight(self, "down", init, (E, F, D), ("experts", "hidden", "expert_embed"))
+        w_up = matrix(self, "up", (E, D, 2, F), ("experts", "expert_embed", None, "hidden"), stacked=1)
+        axes = ("experts", "hidden", "expert_embed")
+        w_down = matrix(self, "down", (E, F, D), axes, scale=self.out_scale, stacked=1)
         rows, there = spec("batch"), P(("data", "fsdp"), "expert")
         x_BECD = jax.sharding.reshard(x_BECD, there)
         with flops.padded(min(needed), needed[1]):
@@ -342,9 +359,9 @@ def with_penalty(x, penalty):
 with_penalty.defvjp(lambda x, penalty: (x, None), lambda _, g: (g, jnp.float32(1)))
 
 
-def add(x, update):
-    """x + update. On CPU a barrier keeps XLA from recomputing the chain of residuals in every consumer."""
-    y = x + update
+def add(x, update, scale: float):
+    """x + scale * update. On CPU a barrier keeps XLA from recomputing the chain of residuals in every consumer."""
+    y = x + scale * update
     return jax.lax.optimization_barrier(y) if platform() == "cpu" else y
 
 
@@ -354,10 +371,14 @@ def gather_time(x_BTD):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: self-attention, attention onto `memory` if there is one, MLP or experts."""
+    """A pre-norm transformer block: self-attention, attention onto `memory` if there is one, MLP or experts.
+
+    branch_scale: of what each of these adds to the residual stream; out_scale: of the weights that make it, at birth.
+    """
 
     heads: int
     kv_heads: int | None = None
+    head_growth: float = 1.0
     hidden: int | None = None
     norm: Literal["layer", "rms"] = "layer"
     mlp: Literal["gelu", "swiglu"] = "gelu"
@@ -367,25 +388,27 @@ class Block(nn.Module):
     window: int | None = None
     experts: dict[str, Any] | None = None
     out_scale: float = 1.0
+    branch_scale: float = 1.0
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BTD, memory_BSD, masking):
-        common = dict(heads=self.heads, kv_heads=self.kv_heads or self.heads, bias=self.bias, qk_norm=self.qk_norm,
-                      out_scale=self.out_scale, dtype=self.dtype)
+        common = dict(heads=self.heads, kv_heads=self.kv_heads or self.heads, head_growth=self.head_growth,
+                      bias=self.bias, qk_norm=self.qk_norm, out_scale=self.out_scale, dtype=self.dtype)
         h = gather_time(Norm(self.norm, name="attention_norm")(x_BTD))
         attention = Attention(**common, rope=self.rope, window=self.window, name="attention")
-        x_BTD = add(x_BTD, attention(h, **masking))
+        x_BTD = add(x_BTD, attention(h, **masking), self.branch_scale)
         if memory_BSD is not None:
             h = gather_time(Norm(self.norm, name="cross_norm")(x_BTD))
             cross = Attention(**common, rope=False, window=None, name="cross")
-            x_BTD = add(x_BTD, cross(h, memory_BSD, mask="bidirectional"))
+            x_BTD = add(x_BTD, cross(h, memory_BSD, mask="bidirectional"), self.branch_scale)
         h = gather_time(Norm(self.norm, name="mlp_norm")(x_BTD))
         hidden = self.hidden or 4 * x_BTD.shape[-1]
         if self.experts:
             mlp = Experts(**self.experts, hidden=hidden, out_scale=self.out_scale, dtype=self.dtype, name="experts")
-            return add(x_BTD, mlp(h, masking["zigzagged"]))
-        return add(x_BTD, Mlp(hidden, self.mlp, self.bias, self.out_scale, self.dtype, name="mlp")(h))
+            return add(x_BTD, mlp(h, masking["zigzagged"]), self.branch_scale)
+        mlp = Mlp(hidden, self.mlp, self.bias, self.out_scale, self.dtype, name="mlp")
+        return add(x_BTD, mlp(h), self.branch_scale)
 
 
 def queries_in_zigzag(*, positions=None, segments=None, bias_GRTS=None):
@@ -402,12 +425,14 @@ class Stack(nn.Module):
            attention returns, "full" the residual stream alone.
     The result is whole over `tensor`, and cut along time over `context`. In between, time is in zigzag order if the
     mask is causal; with a window every part of time has its share already.
+    base_depth: of the muP base, for which the blocks are born; each then adds base_depth / depth of what it makes.
     """
 
     depth: int
     block: dict[str, Any]
     scan: bool = True
     remat: Remat = "none"
+    base_depth: int | None = None
 
     @nn.compact
     def __call__(self, x_BTD, memory_BSD=None, *, mask: Mask, **masking):
@@ -420,19 +445,21 @@ class Stack(nn.Module):
         def body(block, x, memory, masking):
             return block(x, memory, masking | {"mask": mask, "zigzagged": zigzagged})
 
-        options = dict(self.block) | {"out_scale": 1 / math.sqrt(2 * self.depth)}
+        base_depth = self.base_depth or self.depth
+        options = dict(self.block, out_scale=1 / math.sqrt(2 * base_depth), branch_scale=base_depth / self.depth)
         if self.remat != "none":
             body = nn.remat(body, prevent_cse=not self.scan, policy=POLICIES[self.remat])
-        if self.scan:
-            def step(block, x, memory, masking):
-                return body(block, x, memory, masking), None
+        with mup.during(mup.stack, (self.depth, base_depth)):
+            if self.scan:
+                def step(block, x, memory, masking):
+                    return body(block, x, memory, masking), None
 
-            scanned = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth,
-                              in_axes=(nn.broadcast, nn.broadcast))
-            x_BTD = scanned(Block(**options, name="blocks"), x_BTD, memory_BSD, masking)[0]
-        else:
-            for i in range(self.depth):
-                x_BTD = body(Block(**options, name=f"block_{i}"), x_BTD, memory_BSD, masking)
+                scanned = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth,
+                                  in_axes=(nn.broadcast, nn.broadcast))
+                x_BTD = scanned(Block(**options, name="blocks"), x_BTD, memory_BSD, masking)[0]
+            else:
+                for i in range(self.depth):
+                    x_BTD = body(Block(**options, name=f"block_{i}"), x_BTD, memory_BSD, masking)
         return gather_time(zigzag.collect(x_BTD) if zigzagged else x_BTD)
 
 
@@ -453,7 +480,7 @@ class Conv(nn.Module):
         k, s, pad = self.kernel, self.stride, self.kernel // 2
         _, height, width, channels = x_BHWC.shape
         shape, axes = (k, k, channels, self.features), (None, None, None, "embed")
-        w = weight(self, "kernel", fan_in(3, math.sqrt(2)), shape, axes)
+        w = matrix(self, "kernel", shape, axes, 3, math.sqrt(2))
         w, x = gather(w.astype(self.dtype)), x_BHWC.astype(self.dtype)
         rows, cols = (height + 2 * pad - k) // s + 1, (width + 2 * pad - k) // s + 1
         if platform() != "cpu" or min(rows, cols) >= k:

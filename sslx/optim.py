@@ -1,7 +1,7 @@
 """Learning-rate schedules, the optax chain, and what parameters are kept in."""
 
 from collections.abc import Callable
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "
          schedule: Literal["cosine", "wsd", "constant"] = "cosine", warmup: Natural = 0, decay: Natural = 0,
          final: Share = 0.0, weight_decay: Nonnegative = 0.0, b1: Decay = 0.9, b2: Decay = 0.999,
          momentum: Decay = 0.9, clip: Positive | None = None, moments: Literal["float32", "bfloat16"] = "float32",
-         parameters: Literal["float32", "bfloat16"] = "float32") -> Optimizer:
+         parameters: Literal["float32", "bfloat16"] = "float32", growth: dict[str, Any] | None = None) -> Optimizer:
     """An optimizer over `steps` steps.
 
     schedule:   linear warm-up over `warmup` steps, then "cosine" to `final` x learning_rate; or "wsd": constant,
@@ -52,6 +52,7 @@ def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "
     moments:    dtype of the mean of gradients (of adamw, lion, and the momentum of sgd).
     parameters: dtype that matrices and embeddings are kept in. "bfloat16" without a copy in float32: what an update
                 leads to is rounded at random. Norms, biases, tokens, teachers and second moments stay float32.
+    growth:     of each parameter against the base at which all this was tuned: what muP multiplies (sslx/mup.py).
     """
     if warmup + decay > steps:
         raise UserError(f"optim.warmup={warmup} and optim.decay={decay} do not fit into optim.steps={steps}")
@@ -64,12 +65,27 @@ def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "
         "constant": optax.constant_schedule(learning_rate),
     }[schedule]
     rate = optax.join_schedules([optax.linear_schedule(0.0, learning_rate, max(warmup, 1)), after], [warmup])
+
+    def grown(before: Callable, tx: optax.GradientTransformation, after: Callable) -> optax.GradientTransformation:
+        """`tx` of gradients times `before`, its updates times `after`: of a parameter's `Growth`, and if it decays."""
+        if growth is None:
+            return tx
+        factors = (jax.tree.map(factor, growth, decayed(growth)) for factor in (before, after))
+        return optax.chain(multiplied(next(factors)), tx, multiplied(next(factors)))
+
+    decays = optax.add_decayed_weights(weight_decay, decayed)
     tx = {
-        "adamw": lambda: optax.adamw(rate, b1, b2, mu_dtype=moments, weight_decay=weight_decay, mask=decayed),
-        "lion": lambda: optax.lion(rate, b1, b2, mu_dtype=moments, weight_decay=weight_decay, mask=decayed),
-        "sgd": lambda: optax.chain(optax.add_decayed_weights(weight_decay, decayed),
-                                   optax.sgd(rate, momentum, accumulator_dtype=moments)),
-        "lars": lambda: optax.lars(rate, weight_decay, decayed, trust_ratio_mask=decayed, momentum=momentum),
+        # Adam makes of gradients k times as large what it makes of these with an epsilon of 1 / k.
+        "adamw": lambda: optax.chain(grown(lambda g, _: g.o * g.r, optax.scale_by_adam(b1, b2, mu_dtype=moments),
+                                           lambda g, _: 1 / g.i), decays, optax.scale_by_learning_rate(rate)),
+        "lion": lambda: optax.chain(grown(lambda g, _: 1, optax.scale_by_lion(b1, b2, mu_dtype=moments),
+                                          lambda g, _: 1 / g.i), decays, optax.scale_by_learning_rate(rate)),
+        "sgd": lambda: grown(lambda g, _: g.o * g.r / g.i,
+                             optax.chain(decays, optax.sgd(rate, momentum, accumulator_dtype=moments)),
+                             lambda g, _: 1),
+        "lars": lambda: grown(lambda g, _: 1,
+                              optax.lars(rate, weight_decay, decayed, trust_ratio_mask=decayed, momentum=momentum),
+                              lambda g, matrix: min(g.i, g.o) ** -0.5 if matrix else g.o * g.r),
     }[optimizer]()
 
     def phase(step: int) -> str:
@@ -81,6 +97,11 @@ def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "
 
     tx = tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
     return Optimizer(tx, rate, phase, parameters)
+
+
+def multiplied(factors: Any) -> optax.GradientTransformation:
+    """Updates times a number for each parameter."""
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 
 def moved(x: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:

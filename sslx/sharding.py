@@ -9,7 +9,7 @@ import math
 from typing import Annotated, Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sslx.config import LARGEST_INT, Only, UserError
@@ -95,7 +95,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Rows over all data-parallel devices."""
     return NamedSharding(mesh, spec("batch"))
 

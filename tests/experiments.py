@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import pathlib
+import types
 
 import jax
 import ml_collections
@@ -32,12 +33,16 @@ def meshes(conf: ml_collections.ConfigDict) -> list[tuple[int, ...]]:
     return [tuple(1 + (axis in cut) for axis in AXES) for cut in dict.fromkeys((supported[:3], supported[-3:]))]
 
 
-def debug_config(path: pathlib.Path) -> ml_collections.ConfigDict:
-    """The smallest form of a config, in float32 and without evaluations."""
+def config_module(path: pathlib.Path) -> types.ModuleType:
     specification = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    conf = module.get_config("debug")
+    return module
+
+
+def debug_config(path: pathlib.Path) -> ml_collections.ConfigDict:
+    """The smallest form of a config, in float32 and without evaluations."""
+    conf = config_module(path).get_config("debug")
     conf.model.dtype = "float32"
     conf.data.batch_size = BATCH
     conf.evals = {}
@@ -61,8 +66,8 @@ def experiment(name: str, shape: tuple[int, ...] = (1, 1, 1), **model) -> Experi
 def first_batch(built: Experiment) -> dict[str, jax.Array]:
     """The global batch of step 0, without labels."""
     stream = pipeline.stream(built.source, seed=0)
-    batch, _ = next(pipeline.batches(stream, batch_size=BATCH, sharding=batch_sharding(built.mesh), first_step=0,
-                                     last_step=1, workers=0))
+    batch, _ = next(pipeline.batches(stream, batch_size=built.data.batch_size, sharding=batch_sharding(built.mesh),
+                                     first_step=0, last_step=1, workers=0))
     return {field: x for field, x in batch.items() if field != "label"}
 
 

@@ -3,12 +3,13 @@
 What a network reads is its `modality`, as in `data.Info`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 
-from sslx.config import UserError
+from sslx import config
+from sslx.config import Count, UserError
 
 
 class Backbone(nn.Module):
@@ -35,3 +36,35 @@ def check_heads(width: int, heads: int, kv_heads: int | None = None, *, rotary: 
         raise UserError(f"{h}={heads} heads do not divide into model.kv_heads={kv_heads} groups")
     if rotary and (width // heads) % 2:
         raise UserError(f"rotary positions turn pairs, and {w}={width} over {h}={heads} is odd")
+
+
+class Base(NamedTuple):
+    """The sizes of a transformer at which the optimizer's hyper-parameters were tuned (sslx/mup.py)."""
+
+    width: Count
+    heads: Count
+    depth: Count
+    decoder_depth: Count | None = None
+    hidden: Count | None = None
+    kv_heads: Count | None = None
+
+    @property
+    def head(self) -> float:
+        """K."""
+        return self.width / self.heads
+
+    @classmethod
+    def of(cls, base: dict[str, Any] | None, rotary: bool = False, **sizes: int | None) -> "Base":
+        """`sizes` of a network, which are all that its `base` may change. Raises UserError if they do not fit."""
+        made = config.call(cls, smaller(base, sizes), "config.model.base")
+        names = ("model.base.width", "model.base.heads")
+        check_heads(made.width, made.heads, made.kv_heads, rotary=rotary, names=names)
+        return made
+
+
+def smaller(base: dict[str, Any] | None, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of a network, changed by those of its base. Raises UserError for what is no size of it."""
+    for key in base or {}:
+        if key not in sizes:
+            raise UserError(f"unknown key config.model.base.{key}{config.nearest(key, sizes)}")
+    return sizes | dict(base or {})

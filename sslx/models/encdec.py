@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sslx.config import Count
 from sslx.layers import Embed, Norm, Remat, Stack, nll, scores, weight
-from sslx.models import check_heads
+from sslx.models import Base, check_heads
 
 N_BUCKETS, FARTHEST = 32, 128
 
@@ -39,7 +39,8 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(self, T, S):
-        table_NH = weight(self, "embedding", nn.initializers.normal(0.1), (N_BUCKETS, self.heads), (None, "heads"))
+        table_NH = weight(self, "embedding", nn.initializers.normal(0.1), (N_BUCKETS, self.heads), (None, "heads"),
+                          stacked=1)
         one_hot_TSN = jax.nn.one_hot(buckets(T, S, self.both_ways), N_BUCKETS)
         return jnp.einsum("tsn,nh->hts", one_hot_TSN, table_NH)[:, None]
 
@@ -60,24 +61,27 @@ class EncoderDecoder(nn.Module):
     remat: Remat
     loss_chunks: int
     dtype: Any
+    base: Base
 
     def setup(self):
         self.tokens = Embed(self.vocab_size, self.width, self.dtype)
-        self.encoder = Stack(self.depth, self.block, self.scan, self.remat)
-        self.decoder = Stack(self.decoder_depth, self.block, self.scan, self.remat)
+        self.encoder = Stack(self.depth, self.block, self.scan, self.remat, self.base.depth)
+        self.decoder = Stack(self.decoder_depth, self.block, self.scan, self.remat,
+                             self.base.decoder_depth or self.base.depth)
         self.encoder_norm, self.decoder_norm = Norm(self.block["norm"]), Norm(self.block["norm"])
         if self.position == "relative":
             heads = self.block["heads"]
             self.encoder_bias, self.decoder_bias = RelativeBias(heads, True), RelativeBias(heads, False)
         if not self.tied:
-            self.head = Embed(self.vocab_size, self.width, self.dtype, parameter="kernel", std=self.width**-0.5)
+            self.head = Embed(self.vocab_size, self.width, self.dtype, parameter="kernel",
+                              std=self.base.width**-0.5)
 
     def __call__(self, inputs_BS, targets_BT):
         """-log p(target t | inputs, targets before t), float32 [B, T]."""
-        return nll(self.decode(self.encode(inputs_BS), targets_BT), self.readout().rows, targets_BT, self.loss_chunks)
+        return nll(*self.readout(self.decode(self.encode(inputs_BS), targets_BT)), targets_BT, self.loss_chunks)
 
     def logits(self, inputs_BS, targets_BT):
-        return scores(self.decode(self.encode(inputs_BS), targets_BT), self.readout().rows)
+        return scores(*self.readout(self.decode(self.encode(inputs_BS), targets_BT)))
 
     def encode(self, inputs_BS, segment_ids=None):
         """Memory [B, S, D]; with `segment_ids` int [B, S], tokens see their own document only."""
@@ -94,8 +98,10 @@ class EncoderDecoder(nn.Module):
         where = self.where(T, self.decoder_bias) if self.position == "relative" else self.where(T)
         return self.decoder_norm(self.decoder(self.tokens(shifted_BT), memory_BSD, mask="causal", **where))
 
-    def readout(self):
-        return self.tokens if self.tied else self.head
+    def readout(self, hidden_BTD):
+        """What `scores` takes. Features learn to align with the table, and products to grow as the width."""
+        table = self.tokens if self.tied else self.head
+        return hidden_BTD / (self.width / self.base.width), table.rows
 
     def where(self, length, bias=None):
         """What tells the attention of a stack where its tokens are."""
@@ -105,15 +111,17 @@ class EncoderDecoder(nn.Module):
 def make(*, vocab_size: Count, width: Count, depth: Count, heads: Count, decoder_depth: Count | None = None,
          hidden: Count | None = None, norm: Literal["layer", "rms"] = "rms", mlp: Literal["gelu", "swiglu"] = "gelu",
          position: Literal["relative", "rope"] = "relative", bias: bool = False, tied: bool = True, scan: bool = True,
-         remat: Remat = "none", loss_chunks: Count = 1,
-         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> EncoderDecoder:
-    """An encoder-decoder; `decoder_depth` is `depth` if None, the rest as in `transformer`.
+         remat: Remat = "none", loss_chunks: Count = 1, dtype: Literal["float32", "bfloat16"] = "bfloat16",
+         base: dict[str, Any] | None = None) -> EncoderDecoder:
+    """An encoder-decoder; `decoder_depth` is `depth` if None, and may stand in `base`; the rest as in `transformer`.
 
     Relative biases belong to heads, so grouped queries are not offered here. Raises UserError for heads that do not
     divide the width.
     """
     check_heads(width, heads, rotary=position == "rope")
-    block = dict(heads=heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, rope=position == "rope",
-                 dtype=jnp.dtype(dtype))
+    tuned = Base.of(base, position == "rope", width=width, depth=depth, decoder_depth=decoder_depth, heads=heads,
+                    hidden=hidden)
+    block = dict(heads=heads, head_growth=width / heads / tuned.head, hidden=hidden, norm=norm, mlp=mlp, bias=bias,
+                 rope=position == "rope", dtype=jnp.dtype(dtype))
     return EncoderDecoder(vocab_size, width, depth, decoder_depth or depth, block, position, tied, scan, remat,
-                          loss_chunks, jnp.dtype(dtype))
+                          loss_chunks, jnp.dtype(dtype), tuned)

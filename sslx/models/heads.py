@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from sslx.layers import BatchNorm, Linear, fan_in, weight
+from sslx.layers import BatchNorm, Linear, matrix
 from sslx.sharding import gather
 
 
@@ -47,7 +47,7 @@ class Prototypes(nn.Module):
             x_BD = nn.gelu(Linear(self.hidden, ("embed", None), dtype=self.dtype, name=f"mlp_{i}")(x_BD))
         x_BD = unit(Linear(self.bottleneck, ("embed", None), dtype=self.dtype, name="mlp_2")(x_BD))
         shape = (self.bottleneck, self.n_prototypes)
-        w_DK = unit(gather(weight(self, "prototypes", fan_in(), shape, ("embed", "vocab"))), axis=0)
+        w_DK = unit(gather(matrix(self, "prototypes", shape, ("embed", "vocab"))), axis=0)
         return jnp.einsum("bd,dk->bk", x_BD.astype(self.dtype), w_DK.astype(self.dtype)).astype(jnp.float32)
 
 

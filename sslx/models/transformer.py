@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from sslx import config
 from sslx.config import Count, Natural, Nonnegative, Positive, UserError
 from sslx.layers import Embed, Mask, Norm, Remat, Stack, nll, scores
-from sslx.models import check_heads
+from sslx.models import Base, check_heads
 
 
 class Transformer(nn.Module):
@@ -30,15 +30,17 @@ class Transformer(nn.Module):
     remat: Remat
     loss_chunks: int
     dtype: Any
+    base: Base
 
     def setup(self):
         self.tokens = Embed(self.vocab_size, self.width, self.dtype)
         if self.position == "learned":
             self.positions = Embed(self.max_length, self.width, self.dtype)
-        self.stack = Stack(self.depth, self.block, self.scan, self.remat)
+        self.stack = Stack(self.depth, self.block, self.scan, self.remat, self.base.depth)
         self.norm = Norm(self.block["norm"])
         if not self.tied:
-            self.head = Embed(self.vocab_size, self.width, self.dtype, parameter="kernel", std=self.width**-0.5)
+            self.head = Embed(self.vocab_size, self.width, self.dtype, parameter="kernel",
+                              std=self.base.width**-0.5)
 
     def __call__(self, tokens_BT, mask: Mask, **options):
         return self.logits(self.hidden(tokens_BT, mask, **options))
@@ -63,14 +65,16 @@ class Transformer(nn.Module):
         return self.norm(self.stack(x_BTD, mask=mask, **masking))
 
     def logits(self, hidden_BTD):
-        return scores(hidden_BTD, self.readout().rows)
+        return scores(*self.readout(hidden_BTD))
 
     def nll(self, hidden_BTD, targets_BT):
         """-log p(target), float32 [B, T]."""
-        return nll(hidden_BTD, self.readout().rows, targets_BT, self.loss_chunks)
+        return nll(*self.readout(hidden_BTD), targets_BT, self.loss_chunks)
 
-    def readout(self):
-        return self.tokens if self.tied else self.head
+    def readout(self, hidden_BTD):
+        """What `scores` takes. Features learn to align with the table, and products to grow as the width."""
+        table = self.tokens if self.tied else self.head
+        return hidden_BTD / (self.width / self.base.width), table.rows
 
 
 def make(*, vocab_size: Count, max_length: Count, width: Count, depth: Count, heads: Count,
@@ -78,8 +82,8 @@ def make(*, vocab_size: Count, max_length: Count, width: Count, depth: Count, he
          mlp: Literal["gelu", "swiglu"] = "gelu", position: Literal["learned", "rope", "none"] = "learned",
          bias: bool = True, qk_norm: bool = False, window: Count | None = None,
          experts: dict[str, Any] | None = None, tied: bool = True, scan: bool = True, remat: Remat = "none",
-         loss_chunks: Count = 1,
-         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> Transformer:
+         loss_chunks: Count = 1, dtype: Literal["float32", "bfloat16"] = "bfloat16",
+         base: dict[str, Any] | None = None) -> Transformer:
     """A transformer; the defaults are GPT-2's.
 
     max_length:  positions, an upper bound of T.
@@ -91,15 +95,19 @@ def make(*, vocab_size: Count, max_length: Count, width: Count, depth: Count, he
     scan:        one compiled block for all layers.
     remat:       what the backward pass recomputes (layers.Stack).
     loss_chunks: parts in which the loss computes the head's logits, never all at once.
+    base:        width, depth, heads, kv_heads, hidden at which the optimizer's hyper-parameters were tuned; what is
+                 left out is as here. With it the network is in muP and CompleteP (sslx/mup.py).
 
     Raises UserError for heads that do not divide the width.
     """
     check_heads(width, heads, kv_heads, rotary=position == "rope")
+    tuned = Base.of(base, position == "rope", width=width, depth=depth, heads=heads, kv_heads=kv_heads, hidden=hidden)
     mixed = None if experts is None else config.call(mixture, experts, "config.model.experts")
-    block = dict(heads=heads, kv_heads=kv_heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, qk_norm=qk_norm,
-                 window=window, experts=mixed, rope=position == "rope", dtype=jnp.dtype(dtype))
+    block = dict(heads=heads, kv_heads=kv_heads, head_growth=width / heads / tuned.head, hidden=hidden, norm=norm,
+                 mlp=mlp, bias=bias, qk_norm=qk_norm, window=window, experts=mixed, rope=position == "rope",
+                 dtype=jnp.dtype(dtype))
     return Transformer(vocab_size, max_length, width, depth, block, position, tied, scan, remat, loss_chunks,
-                       jnp.dtype(dtype))
+                       jnp.dtype(dtype), tuned)
 
 
 def mixture(*, n: Count, top_k: Count = 2, capacity: Positive = 1.25, shared: Natural = 0,

@@ -12,7 +12,7 @@ import numpy as np
 
 from sslx.config import Count, UserError
 from sslx.layers import Linear, Norm, Remat, Stack, weight
-from sslx.models import Backbone, check_heads
+from sslx.models import Backbone, Base, check_heads
 from sslx.sharding import gather, spec, whole
 from sslx.views.image import normalize, patchify
 
@@ -46,6 +46,7 @@ class VisionTransformer(Backbone):
     scan: bool
     remat: Remat
     dtype: Any
+    base: Base
 
     @nn.compact
     def __call__(self, images_BHWC, keep_BN=None):
@@ -62,14 +63,16 @@ class VisionTransformer(Backbone):
             cls_D = weight(self, "cls", nn.initializers.normal(0.02), (self.width,), (None,)).astype(self.dtype)
             cls_B1D = jnp.broadcast_to(cls_D, (len(x_BND), 1, self.width), out_sharding=spec("batch"))
             x_BND = jnp.concatenate([cls_B1D, x_BND], 1)
-        x_BND = Stack(self.depth, self.block, self.scan, self.remat, name="stack")(x_BND, mask="bidirectional")
+        stack = Stack(self.depth, self.block, self.scan, self.remat, self.base.depth, name="stack")
+        x_BND = stack(x_BND, mask="bidirectional")
         return whole(Norm(self.block["norm"], name="norm")(x_BND))
 
     def positions(self, grid):
         if self.position == "sincos":
             return jnp.asarray(sincos_2d(*grid, self.width))[None]
         shape = (*self.grid, self.width)
-        table = gather(weight(self, "position_embedding", nn.initializers.normal(0.02), shape, (None, None, "embed")))
+        table = gather(weight(self, "position_embedding", nn.initializers.normal(0.02), shape, (None, None, "embed"),
+                              stacked=2))
         if grid != self.grid:
             table = jax.image.resize(table, (*grid, self.width), "cubic")
         return table.reshape(1, -1, self.width)
@@ -88,8 +91,12 @@ def make(*, image_size: Count, patch: Count, width: Count, depth: Count, heads: 
          pool: Literal["cls", "mean"] = "cls", position: Literal["learned", "sincos"] = "learned",
          norm: Literal["layer", "rms"] = "layer", mlp: Literal["gelu", "swiglu"] = "gelu", bias: bool = True,
          qk_norm: bool = False, scan: bool = True, remat: Remat = "none",
-         dtype: Literal["float32", "bfloat16"] = "bfloat16") -> VisionTransformer:
+         dtype: Literal["float32", "bfloat16"] = "bfloat16",
+         base: dict[str, Any] | None = None) -> VisionTransformer:
     """A vision transformer for images of `image_size` pixels a side (others are possible: multi-crop).
+
+    base: width, depth, heads, hidden at which the optimizer's hyper-parameters were tuned; what is left out is as here.
+          With it the network is in muP and CompleteP (sslx/mup.py).
 
     Raises UserError if `patch` does not divide `image_size`, or heads or sines do not fit the width.
     """
@@ -99,6 +106,8 @@ def make(*, image_size: Count, patch: Count, width: Count, depth: Count, heads: 
                         f" the divisors are {[p for p in range(1, image_size + 1) if image_size % p == 0]}")
     if position == "sincos" and width % 4:
         raise UserError(f"model.width={width} must be a multiple of 4 for 2-D sine-cosine positions")
-    block = dict(heads=heads, hidden=hidden, norm=norm, mlp=mlp, bias=bias, qk_norm=qk_norm, dtype=jnp.dtype(dtype))
+    tuned = Base.of(base, width=width, depth=depth, heads=heads, hidden=hidden)
+    block = dict(heads=heads, head_growth=width / heads / tuned.head, hidden=hidden, norm=norm, mlp=mlp, bias=bias,
+                 qk_norm=qk_norm, dtype=jnp.dtype(dtype))
     return VisionTransformer(patch, (image_size // patch,) * 2, width, depth, block, pool, position, scan, remat,
-                             jnp.dtype(dtype))
+                             jnp.dtype(dtype), tuned)

@@ -72,7 +72,7 @@ part, decay = real(lambda x: 0 < x < 1), real(lambda x: 0 <= x < 1)
 dtype = one_of("float32", "bfloat16")
 attention = {"width!": count, "depth!": count, "heads!": count, "hidden?": count, "norm": one_of("layer", "rms"),
              "mlp": one_of("gelu", "swiglu"), "bias": is_bool, "scan": is_bool, "dtype": dtype,
-             "remat": one_of("none", "dots", "attention", "full")}
+             "remat": one_of("none", "dots", "attention", "full"), "base?": is_section}
 
 # What each section takes: {field: domain}; "!" for what is required, "?" for what may be None.
 DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
@@ -98,7 +98,8 @@ DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "models/vit": {**attention, "image_size!": count, "patch!": count, "pool": one_of("cls", "mean"),
                    "position": one_of("learned", "sincos"), "qk_norm": is_bool},
     "models/resnet": {"stages": every(count), "width": count, "bottleneck": is_bool, "dtype": dtype,
-                      "stem": one_of("imagenet", "small", "small_stride2"), "remat": one_of("none", "full")},
+                      "stem": one_of("imagenet", "small", "small_stride2"), "remat": one_of("none", "full"),
+                      "base?": is_section},
     "experts": {"n!": count, "top_k": count, "capacity": positive, "shared": natural, "balance": nonnegative},
     "objectives/causal_lm": {"sample_length": count, "temperature": positive},
     "objectives/masked_lm": {"rate": part, "replace": share, "random": share, "whole_word": is_bool},
@@ -131,7 +132,7 @@ DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
                        "min_feature_std": positive},
 }
 # Options of an evaluation stand in its file, `source` beside them; the rest is what sslx itself supplies.
-SUPPLIED = {"model", "info", "devices", "on_bad"}
+SUPPLIED = {"model", "info", "devices", "on_bad", "growth"}
 
 HOSTILE = (0, -1, -2, 2**31, 10**400, 1.5, -0.5, math.nan, math.inf, -math.inf, 1e39, True, None, "8", "", "tpyo", [],
            (), {}, {"a": 1}, [1, 2, 3], (1.0, 0.5), b"x", {1, 2}, ...)
