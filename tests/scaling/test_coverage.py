@@ -1,10 +1,10 @@
-"""Intervals hold what they promise, over synthetic studies whose truth is known (studies.py)."""
+"""Intervals hold what they promise, over synthetic studies whose truth is known (synthetic_studies.py)."""
 
 import numpy as np
 import pytest
+from synthetic_studies import study
 
 from sslx.scaling.fit import fit
-from studies import study
 
 FACTORS = (1, 10, 100)  # of the largest budget in the fit
 

@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from synthetic_studies import study
 
 from sslx.config import UserError
 from sslx.scaling.fit import fit, main
 from sslx.scaling.forms import FORMS, Inputs
 from sslx.scaling.law import Law
 from sslx.scaling.points import Points
-from studies import study
 
 
 def grid(budgets: int = 5, sizes: int = 6, k: float = 6.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
