@@ -18,15 +18,17 @@ from experiments import experiment as experiment_on
 
 from sslx import aot, mup, optim, state, train
 from sslx.config import UserError
+from sslx.data import pipeline
 from sslx.experiment import build
 from sslx.layers import Linear, Norm, cross_entropy
 from sslx.mup import Growth
 from sslx.objectives import Objective
-from sslx.sharding import make_mesh
+from sslx.sharding import batch_sharding, make_mesh, spec
 
+KEY = jax.random.key(0)
 FLAT = 0.1  # d log change / d log size
 TUNED = 16  # the width of the base
-FEW, MANY = (32, 128), (32, 64, 128, 256, 512)
+FEW, MANY = (32, 256), (32, 64, 128, 256, 512)
 RATE = {"adamw": 2e-2, "lion": 3e-3, "sgd": 0.3, "lars": 1.0}
 LARGE_STEPS = {"optim.learning_rate": RATE["adamw"], "optim.warmup": 0, "optim.schedule": "constant",
                "optim.clip": None}
@@ -35,7 +37,7 @@ UNROLLED = {"model.heads": 2, "model.scan": False}
 NETWORKS = {"causal_text": UNROLLED, "moe_text": UNROLLED, "span_text": UNROLLED, "mae_fashion_mnist": UNROLLED,
             "rotation_fashion_mnist": {"model.stages": (1, 1)}, "simclr_fashion_mnist": {"model.stages": (1, 1)},
             # The teacher is the student: otherwise it hardly moves.
-            "dino_fashion_mnist": UNROLLED | {"objective.momentum": (0.0, 0.0)}}
+            "dino_fashion_mnist": UNROLLED | {"objective.momentum": (0.0, 0.0), "optim.learning_rate": 5e-2}}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +55,7 @@ def readouts_born_small(monkeypatch):
     It is no part of the limit, and hides it at narrow widths; the paper lets readouts begin at zero (D.2).
     """
     std = mup.Growth.std.fget
-    monkeypatch.setattr(mup.Growth, "std", property(lambda g: std(g) if g.o >= g.i else 0.01 * std(g)))
+    monkeypatch.setattr(mup.Growth, "std", property(lambda g: std(g) if g.o >= g.i else 0.1 * std(g)))
 
 
 @pytest.fixture(autouse=True)
@@ -62,14 +64,14 @@ def one_device():
         yield
 
 
-def over_widths(name, widths, parametrized, seeds=4):
+def over_widths(name, widths, parametrized, seeds=8):
     """Slopes of how far the activations of a network move."""
     def moved(width):
         scale = 2 if "model.stages" in NETWORKS[name] else 1
         fields = ["width"] + ["hidden"] * ("hidden" in CONFIGS[name].model)
         sizes = {f"model.{field}": width // scale for field in fields}
         base = {"model.base": {field: TUNED // scale for field in fields}} if parametrized else {}
-        return changes_of(experiment(name, {**NETWORKS[name], **LARGE_STEPS, **sizes, **base}), seeds)
+        return changes_of(experiment(name, {**LARGE_STEPS, **NETWORKS[name], **sizes, **base}), seeds)
 
     return slopes({width: moved(width) for width in widths})
 
@@ -91,6 +93,45 @@ def test_activations_of_every_network_move_alike_at_every_width(name, readouts_b
     path, slope = steepest(over_widths(name, MANY, True, seeds=8))
     assert abs(slope) < FLAT, path
     assert abs(steepest(over_widths(name, MANY, False, seeds=1))[1]) > 5 * FLAT
+
+
+def losses(width, parametrized, rates, steps=150):
+    """Training losses, mean of the last 20 steps, of a language model at these learning rates."""
+    fixed = {"model.width": width, "model.heads": 2, "model.norm": "rms"}
+    base = {"model.base": {"width": 32}} if parametrized else {}
+    fixed |= {"optim.learning_rate": 1.0, "optim.steps": steps, "optim.warmup": steps // 10, "optim.weight_decay": 0.0}
+    built = experiment("causal_text", fixed | base, rows=8, length=64)
+    stream = pipeline.stream(built.source, seed=0)
+    found = pipeline.batches(stream, batch_size=8, sharding=batch_sharding(built.mesh), first_step=0, last_step=steps)
+    batches = [{name: np.asarray(x) for name, x in batch.items()} for batch, _ in found]
+
+    @jax.jit
+    def run(rate, batches):
+        params, aux = built.objective.init(KEY, jax.tree.map(lambda x: x[0], batches))
+
+        def step(carry, batch):
+            params, opt_state = carry
+            (_, (_, metrics)), grads = jax.value_and_grad(built.objective.loss, has_aux=True)(params, aux, batch, KEY)
+            updates, opt_state = built.optimizer.tx.update(grads, opt_state, params)
+            return (jax.tree.map(lambda x, u: x + rate * u, params, updates), opt_state), metrics["loss"]
+
+        return jax.lax.scan(step, (params, built.optimizer.tx.init(params)), batches)[1][-20:].mean()
+
+    with jax.set_mesh(built.mesh):
+        lying = jax.sharding.NamedSharding(built.mesh, spec(None, "batch"))
+        stacked = jax.tree.map(lambda *x: jax.device_put(np.stack(x), lying), *batches)
+        return [float(run(rate, stacked)) for rate in rates]
+
+
+@pytest.mark.slow
+def test_the_best_learning_rate_of_a_width_is_that_of_one_eight_times_as_wide():
+    jax.config.update("jax_disable_most_optimizations", False)
+    rates = 2.0 ** np.arange(-11, -2)
+    table = {(width, parametrized): losses(width, parametrized, rates) for parametrized in (True, False)
+             for width in (32, 256)}
+    print("\n", rates, *table.items(), sep="\n")
+    best = {key: int(np.argmin(np.nan_to_num(of_rates, nan=np.inf))) for key, of_rates in table.items()}
+    assert abs(best[32, True] - best[256, True]) <= 1 < best[32, False] - best[256, False], table
 
 
 class Tower(nn.Module):
