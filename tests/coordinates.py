@@ -13,7 +13,7 @@ from sslx.optim import Optimizer
 STEPS = 5
 
 
-def experiment(name: str, changes: dict, rows: int = 4) -> Experiment:
+def experiment(name: str, changes: dict, rows: int = 4, length: int = 16) -> Experiment:
     """configs/<name>.py on one device, with fields such as "model.width" changed, on few tokens.
 
     Of many, a step has the mean direction, with which each aligns the less; only beyond as many widths does it show.
@@ -24,7 +24,7 @@ def experiment(name: str, changes: dict, rows: int = 4) -> Experiment:
         section, field = path.split(".")
         conf[section][field] = value
     if "length" in conf.data.train:
-        conf.data.train.length = 16
+        conf.data.train.length = length
     return build(conf, jax.devices()[:1])
 
 
