@@ -33,10 +33,9 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
 
 from sslx.objectives import Objective
-from sslx.sharding import AXES, batch_sharding
+from sslx.sharding import batch_sharding, make_mesh
 
 
 class Fans(NamedTuple):
@@ -96,10 +95,10 @@ def measured(objective: Objective, batch: Any) -> tuple[Any, list[tuple[str, Fan
 
     Nothing is computed: each weight stands as an abstract array whose last dimensions are its fans.
     """
-    alone = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    alone = make_mesh(devices=jax.local_devices()[:1])  # whatever mesh there is around
     rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(alone)), batch)
     weights: list[tuple[str, Fans]] = []
-    with jax.sharding.use_abstract_mesh(alone), during(noted, weights):
+    with jax.set_mesh(alone), during(noted, weights):
         params, _ = jax.eval_shape(lambda rows: objective.init(jax.random.key(0), rows), rows)
     return jax.tree.map(lambda x: Fans(*x.shape[-len(Fans._fields):]), params), weights
 
