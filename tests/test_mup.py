@@ -27,6 +27,8 @@ from sslx.mup import Growth
 from sslx.objectives import Objective
 from sslx.sharding import batch_sharding, make_mesh, spec
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KEY = jax.random.key(0)
 FLAT = 0.1  # d log change / d log size
 TUNED = 16  # the width of the base
@@ -40,14 +42,6 @@ NETWORKS = {"causal_text": UNROLLED, "moe_text": UNROLLED, "span_text": UNROLLED
             "rotation_fashion_mnist": {"model.stages": (1, 1)}, "simclr_fashion_mnist": {"model.stages": (1, 1)},
             # The teacher is the student: otherwise it hardly moves.
             "dino_fashion_mnist": UNROLLED | {"objective.momentum": (0.0, 0.0), "optim.learning_rate": 5e-2}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from sslx import state, train
 from sslx.checkpoint import Checkpoints
 from sslx.experiment import build
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class Run:
     """Steps of a tiny language model on one batch, compiled once."""
@@ -38,14 +40,6 @@ class Run:
                 current, metrics = self.step(current, self.batch)
                 losses.append(float(metrics["loss"]))
         return current, losses
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
