@@ -1,5 +1,7 @@
 """Reading from what may lie about its size: compressed files, headers."""
 
+import gzip
+import os
 from typing import Protocol
 
 BLOCK_BYTES = 1 << 20
@@ -14,4 +16,13 @@ def up_to(n: int, file: Readable) -> bytearray:
     content = bytearray()
     while len(content) < n and (block := file.read(min(n - len(content), BLOCK_BYTES))):
         content += block
+    return content
+
+
+def gunzipped(path: str | os.PathLike[str], most: int) -> bytearray:
+    """The content of a gzip file. Raises ValueError if it is more than `most` bytes, having read no further."""
+    with gzip.open(path) as file:
+        content = up_to(most + 1, file)
+    if len(content) > most:
+        raise ValueError(f"it decompresses to more than {most} bytes")
     return content

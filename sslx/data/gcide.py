@@ -8,7 +8,6 @@ in the order of the alphabet, so that what is held out has few neighbours of its
 """
 
 import argparse
-import gzip
 import json
 import pathlib
 import re
@@ -17,7 +16,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 
 from sslx.config import UserError
-from sslx.data.bounded import up_to
+from sslx.data.bounded import gunzipped
 
 MAX_BYTES = 1 << 27  # the dictionary has 40 MB
 DOCUMENT_BYTES = 1 << 14
@@ -26,16 +25,14 @@ DOCUMENT_BYTES = 1 << 14
 def documents(dictionary: str) -> Iterator[dict[str, str]]:
     """{"text"} of all entries after the licence. Raises UserError for a file that is damaged, or no dictionary."""
     try:
-        with gzip.open(dictionary) as file:
-            content = up_to(MAX_BYTES + 1, file)
-    except (OSError, EOFError, zlib.error) as error:
+        content = gunzipped(dictionary, MAX_BYTES)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise UserError(f"{dictionary} cannot be read ({type(error).__name__}: {error}): it is gcide.dict.dz of the"
                         " Debian package dict-gcide") from error
     # An entry begins in the first column after an empty line, with its headword once more between backslashes.
     entries = [e for e in re.split(r"\n\n(?=\S)", content.decode(errors="replace")) if re.match(r"[^\n\\]+\\", e)]
-    if len(content) > MAX_BYTES or not entries:
-        raise UserError(f"{dictionary} holds no dictionary of at most {MAX_BYTES} bytes: it is gcide.dict.dz of the"
-                        " Debian package dict-gcide")
+    if not entries:
+        raise UserError(f"{dictionary} holds no dictionary: it is gcide.dict.dz of the Debian package dict-gcide")
     text = ""
     for entry in entries:
         text += "\n".join(" ".join(paragraph.split()) for paragraph in entry.split("\n\n")) + "\n\n"

@@ -9,7 +9,6 @@ and by which list a mail was collected, and so its class; they are left out, and
 
 import argparse
 import fnmatch
-import gzip
 import io
 import json
 import pathlib
@@ -20,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, cast
 
 from sslx.config import UserError
-from sslx.data.bounded import up_to
+from sslx.data.bounded import gunzipped
 
 MAILS = "package/data/*am-?/*.json"
 MAX_BYTES = 1 << 28  # the package has 73 MB
@@ -33,10 +32,7 @@ def mails(package: str) -> Iterator[dict[str, str]]:
     """
     try:
         # Decompressed within a bound, before its headers are believed: no member reaches beyond what is there.
-        with gzip.open(package) as file:
-            content = up_to(MAX_BYTES + 1, file)
-        if len(content) > MAX_BYTES:
-            raise ValueError(f"it decompresses to more than {MAX_BYTES} bytes")
+        content = gunzipped(package, MAX_BYTES)
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as archive:
             members = {m.name: m for m in archive if m.isfile() and fnmatch.fnmatch(m.name, MAILS)}
             read = [cast(IO[bytes], archive.extractfile(members[name])).read() for name in sorted(members)]
