@@ -63,8 +63,9 @@ class Logger:
         What was spent since `step` is `lost`: up to now, when the run had `wall_s`, or as far as the log tells. A
         machine that changed is a new run record.
         """
-        runs, points = read(self.path.parent)
-        happened = [e for e in events(self.path.parent) if e["step"] <= step or "lost_s" in e]
+        found = records(self.path.parent)
+        runs, points, happened = ([r for r in found if r["kind"] == kind] for kind in ("run", "point", "event"))
+        happened = [e for e in happened if e["step"] <= step or "lost_s" in e]
         kept = [p for p in points if p["step"] <= step]
         spent = kept[-1].get("spent", {"step": kept[-1].get("wall_s", 0.0)}) if kept else {}
         self.earlier_j = kept[-1].get("energy_j", math.nan) if kept else math.nan
