@@ -25,8 +25,8 @@ import ml_collections
 import numpy as np
 
 from sslx import command, evals, experiment, flops, hlo, state, train
-from sslx.command import Flag
-from sslx.config import UserError
+from sslx.command import Flag, told
+from sslx.config import UserError, changed
 from sslx.data import pipeline
 from sslx.experiment import Experiment
 from sslx.sharding import RULES, batch_sharding
@@ -159,16 +159,6 @@ def out_of_memory(error: Exception) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def changed(conf: ml_collections.ConfigDict, changes: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The config with some fields, such as "model.remat", set."""
-    conf = conf.copy_and_resolve_references()
-    for name, value in changes.items():
-        section, field = name.split(".")
-        with conf.unlocked():
-            conf[section][field] = value
-    return conf
-
-
 def flags_of(changes: dict[str, Any]) -> str:
     """What to put on the command line for these changes."""
     return " ".join(f"--config.{name}={value}" for name, value in changes.items())
@@ -292,26 +282,23 @@ FLAGS = {
 }
 
 
+@told
 def main(arguments: list[str]) -> int:
     """Parses flags, compiles, prints the report. Returns 0 if it fits, 1 if it does not, 2 for a mistake."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs
-    try:
-        conf, flags = command.parse("aot", __doc__, FLAGS, arguments)
-        target, control = topology(flags["topology"]), flags["control"]
-        if flags["overlap"]:
-            conf = changed(conf, {"run.overlap": True})
-        if flags["search"]:
-            found: Any = search(conf, target, control)
-        else:
-            found = report(step_of(conf, target.devices), target, control)
-            if not found["fits"]:
-                found["remedies"] = remedies(conf, target, control)
-        print(ranking(found) if flags["search"] else table(found))
-        if flags["json"]:
-            pathlib.Path(flags["json"]).write_text(json.dumps(found, indent=1) + "\n")
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return error.status
+    conf, flags = command.parse("aot", __doc__, FLAGS, arguments)
+    target, control = topology(flags["topology"]), flags["control"]
+    if flags["overlap"]:
+        conf = changed(conf, {"run.overlap": True})
+    if flags["search"]:
+        found: Any = search(conf, target, control)
+    else:
+        found = report(step_of(conf, target.devices), target, control)
+        if not found["fits"]:
+            found["remedies"] = remedies(conf, target, control)
+    print(ranking(found) if flags["search"] else table(found))
+    if flags["json"]:
+        pathlib.Path(flags["json"]).write_text(json.dumps(found, indent=1) + "\n")
     best = found[0] if isinstance(found, list) else found
     return 0 if best["fits"] else 1
 

@@ -23,12 +23,12 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
-from typing import NoReturn
 
 import jax
 import orbax.checkpoint as ocp
 
 from sslx import distributed, manifest
+from sslx.command import Parser, told
 from sslx.config import UserError, nearest
 from sslx.state import TrainState
 from sslx.workdir import content, locked, write_atomically
@@ -260,13 +260,7 @@ def prune(workdir: pathlib.Path, keep: int) -> int:
     return 0
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises UserError for what cannot be read."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"the command line cannot be read: {message}.\n{__doc__}")
-
-
+@told
 def main(arguments: list[str]) -> int:
     """Parses the command and does it. Returns 1 if `verify` finds damage, 2 for a mistake, else 0."""
     parser = Parser(prog="python -m sslx.checkpoint", description=__doc__, allow_abbrev=False,
@@ -274,25 +268,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("command", choices=("verify", "list", "prune"))
     parser.add_argument("workdir", type=pathlib.Path, help="the --workdir of a run")
     parser.add_argument("--keep", type=int, metavar="N", help="how many sound checkpoints prune leaves")
-    try:
-        given = parser.parse_args(arguments)
-        if (given.keep is None) == (given.command == "prune"):
-            parser.error("prune takes --keep=N, and only prune does")
-        if given.keep is not None and given.keep < 1:
-            parser.error(f"--keep is {given.keep}; it takes a number of checkpoints, at least 1")
-        if not steps(given.workdir / "checkpoints"):
-            raise UserError(f"there is no checkpoint in {given.workdir / 'checkpoints'}: the command takes the"
-                            " --workdir of a run that has saved one")
-        match given.command:
-            case "verify":
-                return verify(given.workdir)
-            case "list":
-                return show(given.workdir)
-        with locked(given.workdir):
-            return prune(given.workdir, given.keep)
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return error.status
+    given = parser.parse_args(arguments)
+    if (given.keep is None) == (given.command == "prune"):
+        parser.error("prune takes --keep=N, and only prune does")
+    if given.keep is not None and given.keep < 1:
+        parser.error(f"--keep is {given.keep}; it takes a number of checkpoints, at least 1")
+    if not steps(given.workdir / "checkpoints"):
+        raise UserError(f"there is no checkpoint in {given.workdir / 'checkpoints'}: the command takes the"
+                        " --workdir of a run that has saved one")
+    match given.command:
+        case "verify":
+            return verify(given.workdir)
+        case "list":
+            return show(given.workdir)
+    with locked(given.workdir):
+        return prune(given.workdir, given.keep)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Command lines that take a config: flags, and errors that say what cannot be read."""
+"""Command lines: flags, those of a config among them, and errors that say what cannot be read."""
 
+import argparse
+import functools
 import os
 import re
+import sys
 import traceback
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -14,6 +17,26 @@ from sslx.config import UserError, redacted
 FIELD = re.compile(r"config(\.[A-Za-z_]\w*(\[\d+\])*)+")
 DEFINE: dict[type, Any] = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float,
                            bool: flags.DEFINE_boolean}
+
+
+def told(main: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """`main` of a command, which tells a mistake of the user's in a line and returns its status."""
+    @functools.wraps(main)
+    def run(arguments: list[str]) -> int:
+        try:
+            return main(arguments)
+        except UserError as error:
+            print(f"\nerror: {error}", file=sys.stderr)
+            return error.status
+
+    return run
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError, with what explains the command, for what cannot be read."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"the command line cannot be read: {message}.\n{self.description or self.usage}")
 
 
 class Flag(NamedTuple):

@@ -17,6 +17,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
+from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
 LARGEST_INT = 2**31 - 1  # what devices count with: int32, float32
@@ -46,6 +47,17 @@ Positive = Annotated[float, Only(lambda x: x > 0, "a positive number")]
 Nonnegative = Annotated[float, Only(lambda x: x >= 0, "a number of at least 0")]
 Share = Annotated[float, Only(lambda x: 0 <= x <= 1, "a share from 0 to 1")]
 Part = Annotated[float, Only(lambda x: 0 < x < 1, "a share between 0 and 1, which excludes both")]
+
+
+def changed(conf: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy with some fields, such as "model.width", set. Raises UserError for a section that is not there."""
+    conf = conf.copy_and_resolve_references()
+    try:
+        with conf.unlocked():
+            conf.update_from_flattened_dict(changes)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"a field cannot be set in this config: {error.args[0]}") from error
+    return conf
 
 
 def plain(section: Mapping[str, Any], where: str = "config") -> dict[str, Any]:

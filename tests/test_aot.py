@@ -11,6 +11,7 @@ import pytest
 from experiments import PODS, ROOT
 
 from sslx import aot, command, train
+from sslx.config import changed
 from sslx.optim import DECAYED
 from sslx.sharding import RULES
 from sslx.topology import CUDA, GENERATIONS, topology
@@ -94,7 +95,7 @@ def test_what_a_remedy_prints_can_be_typed():
     assert {"run.accumulate": 2} in changes and {"optim.parameters": "bfloat16"} in changes
     for change in changes:
         typed = parsed(*aot.flags_of(change).split())
-        assert typed.to_dict() == aot.changed(conf, change).to_dict()
+        assert typed.to_dict() == changed(conf, change).to_dict()
         assert typed.to_dict() != conf.to_dict()
 
 
@@ -192,7 +193,7 @@ def least_wire_bytes(name, step):
 @pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
 def test_pod_config_fits_its_slice_and_sends_what_it_must(path):
     slice_ = topology(topology_of(path))
-    conf = aot.changed(runpy.run_path(str(path))["get_config"](), {"run.overlap": True})
+    conf = changed(runpy.run_path(str(path))["get_config"](), {"run.overlap": True})
     step = aot.step_of(conf, slice_.devices)
     found = aot.report(step, slice_)
     assert found["fits"] and found["unknown_trips"] == found["unknown_kernels"] == []
@@ -208,5 +209,5 @@ def test_pod_config_fits_its_slice_and_sends_what_it_must(path):
 @pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
 def test_nothing_is_hidden_without_the_scheduler(path):
     slice_ = topology(topology_of(path))
-    conf = aot.changed(runpy.run_path(str(path))["get_config"](), {"run.overlap": True})
+    conf = changed(runpy.run_path(str(path))["get_config"](), {"run.overlap": True})
     assert aot.report(aot.step_of(conf, slice_.devices), slice_, control=True)["hidden_share"] == 0

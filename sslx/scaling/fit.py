@@ -20,10 +20,11 @@ import argparse
 import json
 import pathlib
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from sslx.command import Parser, told
 from sslx.config import UserError, nearest
 from sslx.scaling import approaches, checks, intervals
 from sslx.scaling.forms import FORMS, RISING, Array, Form
@@ -129,13 +130,6 @@ def table(law: Law, predictions: list[dict[str, float]]) -> str:
     return "\n".join(lines + [f"warning: {w}" for w in report["warnings"]])
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises UserError for what cannot be read."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"the command line cannot be read: {message}.\n{__doc__}")
-
-
 def pairs(text: str, flag: str) -> list[tuple[str, str]]:
     """[(name, value)] of NAME=VALUE,..."""
     found = [part.partition("=") for part in text.split(",") if part]
@@ -175,6 +169,7 @@ def read(given: argparse.Namespace) -> tuple[Points, str]:
     return from_table(given.table, columns, given.group, pairs(given.where, "--where")), given.form
 
 
+@told
 def main(arguments: list[str]) -> int:
     """Reads points, fits, prints, writes. Returns 0, or 2 for a mistake."""
     parser = Parser(prog="python -m sslx.scaling.fit", usage=__doc__, allow_abbrev=False)
@@ -188,21 +183,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--fix", default="")
     parser.add_argument("--predict", default="")
     parser.add_argument("--json", type=pathlib.Path)
-    try:
-        given = parser.parse_args(arguments)
-        wanted = [tuple(numbers(part, "--predict")) for part in given.predict.split(",") if part]
-        if not all(2 <= len(w) <= 3 for w in wanted):
-            raise UserError(f"--predict {given.predict}: it takes N:D or N:D:UNIQUE, several with commas")
-        fixed = {name: numbers(value, f"--fix {name}")[0] for name, value in pairs(given.fix, "--fix")}
-        points, form = read(given)
-        law = fit(points, form, fixed)
-        predictions = law.predictions(wanted)
-        print(table(law, predictions))
-        if given.json:
-            given.json.write_text(json.dumps(law.as_json(predictions), indent=1) + "\n")
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return error.status
+    given = parser.parse_args(arguments)
+    wanted = [tuple(numbers(part, "--predict")) for part in given.predict.split(",") if part]
+    if not all(2 <= len(w) <= 3 for w in wanted):
+        raise UserError(f"--predict {given.predict}: it takes N:D or N:D:UNIQUE, several with commas")
+    fixed = {name: numbers(value, f"--fix {name}")[0] for name, value in pairs(given.fix, "--fix")}
+    points, form = read(given)
+    law = fit(points, form, fixed)
+    predictions = law.predictions(wanted)
+    print(table(law, predictions))
+    if given.json:
+        given.json.write_text(json.dumps(law.as_json(predictions), indent=1) + "\n")
     return 0
 
 

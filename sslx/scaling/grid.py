@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from sslx import aot, config, experiment, flops, train, workdir
-from sslx.config import UserError
+from sslx.config import UserError, changed
 from sslx.objectives.image import grid_patches
 from sslx.scaling import steplaw
 
@@ -90,17 +90,6 @@ class Study:
         params = step.current.params
         return Cost(flops.n_params_nonembedding(params), flops.n_params(params), counted.model_total,
                     rows * (info.length or grid_patches(model, info)), aot.local_bytes(step.current))
-
-
-def changed(conf: ml_collections.ConfigDict, changes: Changes) -> ml_collections.ConfigDict:
-    """The config with some fields, such as "model.width", set. Raises UserError for a section that is not there."""
-    conf = conf.copy_and_resolve_references()
-    try:
-        with conf.unlocked():
-            conf.update_from_flattened_dict(changes)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"a size cannot be set in this config: {error.args[0]}") from error
-    return conf
 
 
 # ---- what is asked for

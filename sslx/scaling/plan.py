@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from sslx import aot, command
-from sslx.command import Flag
+from sslx.command import Flag, told
 from sslx.config import UserError, nearest
 from sslx.report import duration
 from sslx.scaling import grid, recipe, sweep
@@ -297,25 +297,22 @@ def run_of(law: Law, found: dict[str, Any], conf: Any, flags: dict[str, Any], na
         found["pod"] = recipe.on_pod(study, made, flags["topology"], flags["mfu"] or MFU)
 
 
+@told
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 if the run does not fit its pod, 2 for a mistake."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs
-    try:
-        conf, flags = command.parse("scaling.plan", __doc__, FLAGS, arguments, needs_config=False)
-        if flags["topology"] and conf is None:
-            raise UserError("--config is missing: --topology is about the run of a config")
-        law = read_law(flags["law"])
-        c, text = budget_of(flags)
-        found = plan(law, c, text, flags["inference-tokens"], flags["unique"])
-        if conf is not None:
-            named = str(command.named_config(["plan", *arguments]))
-            run_of(law, found, conf, flags, named, sweep.fields_given(arguments))
-        print(table(found))
-        if flags["json"]:
-            pathlib.Path(flags["json"]).write_text(json.dumps(found, indent=1) + "\n")
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return error.status
+    conf, flags = command.parse("scaling.plan", __doc__, FLAGS, arguments, needs_config=False)
+    if flags["topology"] and conf is None:
+        raise UserError("--config is missing: --topology is about the run of a config")
+    law = read_law(flags["law"])
+    c, text = budget_of(flags)
+    found = plan(law, c, text, flags["inference-tokens"], flags["unique"])
+    if conf is not None:
+        named = str(command.named_config(["plan", *arguments]))
+        run_of(law, found, conf, flags, named, sweep.fields_given(arguments))
+    print(table(found))
+    if flags["json"]:
+        pathlib.Path(flags["json"]).write_text(json.dumps(found, indent=1) + "\n")
     return 0 if found.get("pod", {}).get("fits", True) else 1
 
 

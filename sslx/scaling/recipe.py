@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sslx import aot, config, flops, workdir
-from sslx.config import UserError
+from sslx.config import UserError, changed
 from sslx.scaling import grid
 from sslx.scaling.grid import FEWEST_STEPS, Changes, Cost, Study
 from sslx.topology import topology
@@ -111,7 +111,7 @@ def command(study: Study, given: set[str], named: str, found: Recipe) -> str:
 def on_pod(study: Study, found: Recipe, name: str, mfu: float) -> dict[str, Any]:
     """What the compiler says of the run on a slice: fits, and hours at `mfu`, at the roofline and as scheduled."""
     target = topology(name)
-    made = aot.report(aot.step_of(grid.changed(study.conf, found.changes), target.devices), target)
+    made = aot.report(aot.step_of(changed(study.conf, found.changes), target.devices), target)
     chips = made["devices"] / target.generation.devices_per_chip
     at_peak = found.flops / (made["devices"] * made["peak_flops"]) / 3600
     pod = {k: made[k] for k in ("topology", "devices", "fits", "hbm_peak_bytes", "hbm_limit_bytes")}

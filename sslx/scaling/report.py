@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from sslx.command import told
 from sslx.config import UserError
 from sslx.report import Html, document, number, percent, scientific, section, table, tag
 from sslx.scaling import fit, plots, study
@@ -199,6 +200,7 @@ STYLE = """
 """
 
 
+@told
 def main(arguments: list[str]) -> int:
     """Writes the page. Returns 0, or 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m sslx.scaling.report", usage=__doc__)
@@ -207,11 +209,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--metric", default="heldout/loss")
     parser.add_argument("--n", default="n_params", choices=("n_params", "n_params_nonembedding"))
     given = parser.parse_args(arguments)
-    try:
-        write_atomically(given.out, page(given.runs, given.metric, given.n))
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return error.status
+    write_atomically(given.out, page(given.runs, given.metric, given.n))
     print(given.out)
     return 0
 

@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from sslx import log
+from sslx.command import told
 from sslx.config import UserError, nearest
 from sslx.scaling.law import Law
 from sslx.scaling.points import Points, from_runs, from_table
@@ -150,25 +151,22 @@ def cut(records: list[log.Record], kept: int = KEPT) -> list[log.Record]:
     return [r for r in records if r["kind"] != "point" or r["split"] != "train" or id(r) in stay]
 
 
+@told
 def main(arguments: list[str]) -> int:
     """Writes cut logs. Returns 0, or 2 for a mistake."""
     parser = argparse.ArgumentParser(prog="python -m sslx.scaling.study", usage=__doc__)
     parser.add_argument("runs", nargs="+", type=pathlib.Path)
     parser.add_argument("--out", required=True, type=pathlib.Path)
     given = parser.parse_args(arguments)
-    try:
-        found = workdirs(given.runs)
-        if len({w.name for w in found}) < len(found):
-            raise UserError("several of these runs have workdirs of the same name: cut them into folders of their own")
-        for workdir in found:
-            records = cut(log.records(workdir))
-            path = given.out / workdir.name / "metrics.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "".join(map(log.line, records)))
-            print(f"{path}: {len(records)} records, {path.stat().st_size} bytes")
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return error.status
+    found = workdirs(given.runs)
+    if len({w.name for w in found}) < len(found):
+        raise UserError("several of these runs have workdirs of the same name: cut them into folders of their own")
+    for workdir in found:
+        records = cut(log.records(workdir))
+        path = given.out / workdir.name / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "".join(map(log.line, records)))
+        print(f"{path}: {len(records)} records, {path.stat().st_size} bytes")
     return 0
 
 

@@ -35,11 +35,11 @@ import jax
 import ml_collections
 
 from sslx import checkpoint, command, config, log, platforms, workdir
-from sslx.command import Flag
-from sslx.config import UserError
+from sslx.command import Flag, told
+from sslx.config import UserError, changed
 from sslx.report import duration
 from sslx.scaling import jobs
-from sslx.scaling.grid import Changes, Planned, Study, changed, grid_of, numbers, planned
+from sslx.scaling.grid import Changes, Planned, Study, grid_of, numbers, planned
 from sslx.scaling.jobs import Job
 
 CALIBRATION_STEPS = 8
@@ -229,16 +229,13 @@ def agreed() -> bool:
     return input("start? [y/N] ").strip().lower() in ("y", "yes")
 
 
+@told
 def main(arguments: list[str]) -> int:
     """Returns 0 if all is done, 1 if a run failed, 2 for a mistake, 130 if it was stopped."""
     jax.config.update("jax_platforms", "cpu")  # the accelerators are for the runs
-    try:
-        conf, flags = command.parse("scaling.sweep", __doc__, FLAGS, arguments)
-        named = command.named_config(["sweep", *arguments])
-        return run(conf, flags, str(named), fields_given(arguments))
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return error.status
+    conf, flags = command.parse("scaling.sweep", __doc__, FLAGS, arguments)
+    named = command.named_config(["sweep", *arguments])
+    return run(conf, flags, str(named), fields_given(arguments))
 
 
 if __name__ == "__main__":
