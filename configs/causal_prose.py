@@ -14,13 +14,13 @@ import ml_collections
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     debug = arg == "debug"
     path = "stdlib" if debug or not arg else arg
-    steps, length = (24, 64) if debug else (2000, 256)
+    steps, length = (24, 64) if debug else (2000, 128)
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.model = dict(name="transformer", vocab_size=384, max_length=length, width=64, depth=2 if debug else 3,
-                        heads=2, norm="rms", mlp="gelu", position="rope", bias=False, qk_norm=True, tied=True,
+                        heads=1, norm="rms", mlp="gelu", position="rope", bias=False, qk_norm=True, tied=False,
                         scan=False, dtype="float32",
-                        base=dict(width=32, depth=1, heads=1) if debug else dict(width=64, depth=3, heads=2))
+                        base=dict(width=32, depth=1) if debug else dict(width=64, depth=3))
     config.objective = dict(name="causal_lm", sample_length=64)
     text = dict(name="text", path=path, length=length)
     config.data = dict(batch_size=8 if debug else 16, train=text | dict(split="train"))
