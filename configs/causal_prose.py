@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model = dict(name="transformer", vocab_size=384, max_length=length, width=64, depth=2 if debug else 3,
                         heads=1, norm="rms", mlp="gelu", position="rope", bias=False, qk_norm=True, tied=False,
                         scan=False, dtype="float32",
-                        base=dict(width=32, depth=1) if debug else dict(width=64, depth=3))
+                        base=dict(width=32, depth=1, heads=1) if debug else dict(width=64, depth=3, heads=1))
     config.objective = dict(name="causal_lm", sample_length=64)
     text = dict(name="text", path=path, length=length)
     config.data = dict(batch_size=8 if debug else 16, train=text | dict(split="train"))
