@@ -3,7 +3,7 @@
     apt-get install dict-gcide
     python -m sslx.data.gcide /usr/share/dictd/gcide.dict.dz prose.jsonl
     python -m sslx.scaling.sweep --config configs/causal_prose.py:prose.jsonl --out /tmp/prose \
-        --sizes 32x2,48x2,64x3,96x4,128x4 --budgets 1e12,3e12,1e13
+        --sizes 32x2,48x2,64x3,96x4,128x4 --budgets 1e12,3e12,1e13 --batch-size config --jobs 2
 
 Without an argument it reads Python's standard library. The learning rate is that of the base, 64 x 3.
 """
@@ -18,9 +18,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.model = dict(name="transformer", vocab_size=384, max_length=length, width=64, depth=2 if debug else 3,
-                        heads=1, norm="rms", mlp="gelu", position="rope", bias=False, qk_norm=True, tied=False,
+                        heads=4, norm="rms", mlp="gelu", position="rope", bias=False, qk_norm=True, tied=False,
                         scan=False, dtype="float32",
-                        base=dict(width=32, depth=1, heads=1) if debug else dict(width=64, depth=3, heads=1))
+                        base=dict(width=32, depth=1, heads=2) if debug else dict(width=64, depth=3, heads=4))
     config.objective = dict(name="causal_lm", sample_length=64)
     text = dict(name="text", path=path, length=length)
     config.data = dict(batch_size=8 if debug else 16, train=text | dict(split="train"))

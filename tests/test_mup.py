@@ -37,11 +37,14 @@ RATE = {"adamw": 2e-2, "lion": 3e-3, "sgd": 0.3, "lars": 1.0}
 LARGE_STEPS = {"optim.learning_rate": RATE["adamw"], "optim.warmup": 0, "optim.schedule": "constant",
                "optim.clip": None}
 UNROLLED = {"model.heads": 2, "model.scan": False}
+# An image is many rows: patches, pixels, crops.
+TWO = {"data.batch_size": 2, "optim.learning_rate": 1e-2}
 # What is set of each network; widths of a ResNet are those of its last stage.
 NETWORKS = {"causal_text": UNROLLED, "moe_text": UNROLLED, "span_text": UNROLLED, "mae_fashion_mnist": UNROLLED,
-            "rotation_fashion_mnist": {"model.stages": (1, 1)}, "simclr_fashion_mnist": {"model.stages": (1, 1)},
+            "rotation_fashion_mnist": TWO | {"model.stages": (1, 1)},
+            "simclr_fashion_mnist": TWO | {"model.stages": (1, 1)},
             # The teacher is the student: otherwise it hardly moves.
-            "dino_fashion_mnist": UNROLLED | {"objective.momentum": (0.0, 0.0), "optim.learning_rate": 5e-2}}
+            "dino_fashion_mnist": TWO | UNROLLED | {"objective.momentum": (0.0, 0.0)}}
 
 
 @pytest.fixture
