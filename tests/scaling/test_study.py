@@ -2,11 +2,13 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from experiments import ROOT, config_module
 from test_points import log_of_a_run
 
-from sslx import log
+from sslx import experiment, log
 from sslx.config import UserError
 from sslx.scaling import study
 from sslx.scaling.points import from_runs
@@ -80,3 +82,16 @@ def test_runs_of_one_name(tmp_path, capsys):
 def test_nothing_to_cut(tmp_path, capsys):
     assert study.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no metrics.jsonl below" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, argument", [
+    ("masked_images", ()), *(("objectives_images", (o,)) for o in ("mae", "simclr", "dino")),
+    *(("objectives_text", (o,)) for o in ("causal_lm", "masked_lm", "span_corruption"))])
+def test_configs_of_studies(name, argument):
+    """Every section is read; with rows of the same shape, which are always here."""
+    conf = config_module(ROOT / "studies" / name / "config.py").get_config(*argument)
+    conf.evals = {}
+    rows = (dict(modality="text", length=128, vocab_size=4096) if "text" in name else
+            dict(modality="image", size=28, channels=1))
+    conf.data.train = dict(name="synthetic", n=64, **rows)
+    assert experiment.build(conf, jax.devices()[:1]).run.steps == conf.optim.steps
