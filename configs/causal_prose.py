@@ -3,7 +3,7 @@
     apt-get install dict-gcide
     python -m sslx.data.gcide /usr/share/dictd/gcide.dict.dz prose.jsonl
     python -m sslx.scaling.sweep --config configs/causal_prose.py:prose.jsonl --out /tmp/prose \
-        --sizes 32x2,48x2,64x3,96x4,128x4 --budgets 1e12,3e12,1e13 --batch-size config --jobs 2
+        --sizes 32x2,48x3,64x3,96x4,128x4 --budgets 1e12,3e12,1e13 --batch-size config --jobs 2
 
 Without an argument it reads Python's standard library. The learning rate is that of the base, 64 x 3.
 """
@@ -23,7 +23,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                         base=dict(width=32, depth=1, heads=2) if debug else dict(width=64, depth=3, heads=4))
     config.objective = dict(name="causal_lm", sample_length=64)
     text = dict(name="text", path=path, length=length)
-    config.data = dict(batch_size=8 if debug else 16, train=text | dict(split="train"))
+    config.data = dict(batch_size=8 if debug else 4, train=text | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=4e-3, schedule="wsd", warmup=steps // 20, decay=steps // 5,
                         weight_decay=0.1, b2=0.98, clip=1.0)
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 2, save_every=steps // 3)
