@@ -1,7 +1,8 @@
 """python -m sslx.scaling.study RUNS... --out studies/NAME/runs
 
 Cuts the logs of runs, so that a study is small enough to be committed: run records, events, evaluations, and a few
-training points of each run, in NAME/runs/<run>/metrics.jsonl. Everything that reads logs reads them.
+training points of each run, in NAME/runs/<run>/metrics.jsonl, without the folders that files were in. Everything that
+reads logs reads them.
 
 A study is a folder:
     study.json           {title, metric, label, n}: what is fitted, how an axis calls it, n_params or
@@ -27,7 +28,7 @@ from sslx.command import told
 from sslx.config import UserError, nearest
 from sslx.scaling.law import Law
 from sslx.scaling.points import Points, from_runs, from_table
-from sslx.workdir import write_atomically
+from sslx.workdir import flat, write_atomically
 
 KEPT = 8  # training points of a run
 Logs = dict[str, tuple[log.Record, list[log.Record]]]  # {name: (run, points)}
@@ -148,7 +149,16 @@ def cut(records: list[log.Record], kept: int = KEPT) -> list[log.Record]:
     training = [r for r in records if r["kind"] == "point" and r["split"] == "train"]
     every = max(1, -(-len(training) // kept))
     stay = {id(r) for r in training[::-1][::every]}
-    return [r for r in records if r["kind"] != "point" or r["split"] != "train" or id(r) in stay]
+    return [portable(r) for r in records if r["kind"] != "point" or r["split"] != "train" or id(r) in stay]
+
+
+def portable(record: log.Record) -> log.Record:
+    """A record whose files are named without the folders of the machine where they were."""
+    text = json.dumps(record)
+    files = {x for x in flat(record.get("config", {})).values() if isinstance(x, str) and os.path.isabs(x)}
+    for file in sorted(files, key=len, reverse=True):
+        text = text.replace(file, os.path.basename(file))
+    return json.loads(text)
 
 
 @told

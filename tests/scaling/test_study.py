@@ -37,6 +37,13 @@ def test_a_cut_log_says_the_same(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_cut_log_names_no_folder_of_the_machine(tmp_path):
+    record = dict(kind="run", dataset="text:/home/me/data/a.jsonl/train", n=1e-30,
+                  config=dict(data=dict(train=dict(path="/home/me/data/a.jsonl")), run=dict(trunk="/home/me/data")))
+    assert study.cut([record]) == [dict(kind="run", dataset="text:a.jsonl/train", n=1e-30, config=dict(
+        data=dict(train=dict(path="a.jsonl")), run=dict(trunk="data")))]
+
+
 def test_a_study_of_runs(tmp_path):
     runs(tmp_path / "s" / "runs")
     runs(tmp_path / "s" / "predicted")
