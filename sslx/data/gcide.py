@@ -5,8 +5,8 @@
 
 33 MB under the GPL, quotations and definitions, one paragraph a line. A document is {"text": entries of about 16 kB}
 in the order of the alphabet, so that what is held out has few neighbours of its kind in what is trained on.
-Pronunciations are left out: they spell the headword once more, and copying it is a skill that a small network learns
-all at once or not at all, worth .15 nats a byte: runs that differ in their seed alone would be 8 % apart.
+Pronunciations are left out: they spell the headword once more, and a small network learns to copy it all at once, sooner
+or later by chance. With them two seeds ended 8.9 % apart (173 thousand parameters, 3e12 FLOPs), without them .04 %.
 """
 
 import argparse
