@@ -5,8 +5,9 @@
 
 33 MB under the GPL, quotations and definitions, one paragraph a line. A document is {"text": entries of about 16 kB}
 in the order of the alphabet, so that what is held out has few neighbours of its kind in what is trained on.
-Pronunciations are left out: they spell the headword once more, and a small network learns to copy it all at once, sooner
-or later by chance. With them two seeds ended 8.9 % apart (173 thousand parameters, 3e12 FLOPs), without them .04 %.
+Pronunciations are left out: they spell the headword once more, and a small network learns to copy it all at once,
+sooner or later by chance. With them two seeds ended 8.9 % apart (173 thousand parameters, 3e12 FLOPs), without them
+.04 %.
 """
 
 import argparse
