@@ -366,18 +366,26 @@ def peak_flops(device: jax.Device, dtype: Any) -> float | None:
     """Peak FLOP/s of one device for dense products of `dtype`; None if not known.
 
     Of the data sheet for 16-bit types, and for float32 on a TPU, which by default multiplies it in
-    bfloat16. A CPU has no sheet: it is measured, and simulated devices share what was measured.
+    bfloat16. A CPU has no sheet: it is measured, once.
     """
     if device.platform == "cpu":
-        return measured_peak(jnp.dtype(dtype).name) / len(jax.local_devices(backend="cpu"))
+        return measured_peak(jnp.dtype(dtype).name)
     halves = jnp.dtype(dtype).itemsize == 2 or (device.platform == "tpu" and jnp.dtype(dtype) == jnp.float32)
     return PEAKS.get(device.device_kind) if halves else None
 
 
 @functools.cache
-def measured_peak(dtype: str, size: int = 1024, seconds: float = 0.2) -> float:
-    """FLOP/s of this CPU in the fastest of the size x size products that fit in `seconds` (at least two)."""
-    device = jax.local_devices(backend="cpu")[0]
+def measured_peak(dtype: str) -> float:
+    return ceiling(jax.local_devices(backend="cpu")[0], dtype)
+
+
+def ceiling(device: jax.Device, dtype: Any, seconds: float = 0.2) -> float:
+    """FLOP/s of one device in the fastest of the large square products that fit in `seconds` (at least two).
+
+    Simulated devices share what their CPU does.
+    """
+    cpu = device.platform == "cpu"
+    size = 1024 if cpu else 8192
     best, runs = math.inf, 0
     with jax.set_mesh(Mesh(np.asarray([device]), ("one",))):  # whatever mesh the caller has set
         x = jax.device_put(np.ones((size, size), jnp.dtype(dtype)), device)
@@ -388,4 +396,4 @@ def measured_peak(dtype: str, size: int = 1024, seconds: float = 0.2) -> float:
             start = time.perf_counter()
             matmul(x, x).block_until_ready()
             best, runs = min(best, time.perf_counter() - start), runs + 1
-    return 2 * size**3 / best
+    return 2 * size**3 / best / (len(jax.local_devices(backend="cpu")) if cpu else 1)
