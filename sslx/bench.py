@@ -17,7 +17,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-Batches = Iterator[tuple[dict[str, jax.Array], dict[str, Any]]]
+Batches = Generator[tuple[dict[str, jax.Array], dict[str, Any]]]
 
 
 def of_steps(built: Experiment, steps: int, began: float, profile: str | None) -> dict[str, Any]:
@@ -90,7 +90,8 @@ def of_steps(built: Experiment, steps: int, began: float, profile: str | None) -
     batch = next(batches)[0]
     unborn = state.abstract(built.objective, built.optimizer, built.run.seed, batch)
     counted = train.count_flops(built.objective, unborn, batch)
-    lowered, trace_s = timed(lambda: train.step_of(built).lower(unborn, batch))
+    step: Any = train.step_of(built)
+    lowered, trace_s = timed(lambda: step.lower(unborn, batch))
     compiled, compile_s = timed(lowered.compile)
     current = state.create(built.objective, built.optimizer, built.run.seed, batch)
     current, metrics = compiled(current, batch)
