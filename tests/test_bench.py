@@ -48,7 +48,7 @@ class Slow:
         return self.examples[index]
 
 
-@pytest.mark.parametrize("seconds, low, high", [(0.0, 0.0, 0.3), (0.05, 0.7, 1.0)])
+@pytest.mark.parametrize("seconds, low, high", [(0.0, 0.0, 0.3), (0.2, 0.7, 1.0)])
 def test_waiting_is_for_the_data(seconds, low, high):
     built = experiment("quickstart")
     examples = Slow(built.source.examples, seconds) if seconds else built.source.examples
