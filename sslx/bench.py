@@ -100,7 +100,8 @@ def of_steps(built: Experiment, steps: int, began: float, profile: str | None) -
     before = flops.ceiling(device, dtype)
     current, _, _ = stepped(compiled, current, batches, WARM_UP)
     current, seconds, waited_s = stepped(compiled, current, batches, steps)
-    ceiling = max(before, flops.ceiling(device, dtype))
+    sharing = jax.local_device_count() if device.platform == "cpu" else 1  # simulated devices
+    ceiling = max(before, flops.ceiling(device, dtype)) / sharing
     step_s = Spread.of(seconds)
     model, hardware = (n / mesh.size / step_s.median for n in (counted.model_total, counted.hw_total))
     sheet = flops.peak_flops(device, dtype) if device.platform != "cpu" else None

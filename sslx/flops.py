@@ -366,10 +366,11 @@ def peak_flops(device: jax.Device, dtype: Any) -> float | None:
     """Peak FLOP/s of one device for dense products of `dtype`; None if not known.
 
     Of the data sheet for 16-bit types, and for float32 on a TPU, which by default multiplies it in
-    bfloat16. A CPU has no sheet: it is measured, once.
+    bfloat16. A CPU has no sheet: it is measured, once, and simulated devices share what was
+    measured.
     """
     if device.platform == "cpu":
-        return measured_peak(jnp.dtype(dtype).name)
+        return measured_peak(jnp.dtype(dtype).name) / len(jax.local_devices(backend="cpu"))
     halves = jnp.dtype(dtype).itemsize == 2 or (device.platform == "tpu" and jnp.dtype(dtype) == jnp.float32)
     return PEAKS.get(device.device_kind) if halves else None
 
@@ -380,12 +381,8 @@ def measured_peak(dtype: str) -> float:
 
 
 def ceiling(device: jax.Device, dtype: Any, seconds: float = 0.2) -> float:
-    """FLOP/s of one device in the fastest of the large square products that fit in `seconds` (at least two).
-
-    Simulated devices share what their CPU does.
-    """
-    cpu = device.platform == "cpu"
-    size = 1024 if cpu else 8192
+    """FLOP/s of a device, or of a whole CPU, in the fastest of the large products done in `seconds` (at least two)."""
+    size = 1024 if device.platform == "cpu" else 8192
     best, runs = math.inf, 0
     with jax.set_mesh(Mesh(np.asarray([device]), ("one",))):  # whatever mesh the caller has set
         x = jax.device_put(np.ones((size, size), jnp.dtype(dtype)), device)
@@ -396,4 +393,4 @@ def ceiling(device: jax.Device, dtype: Any, seconds: float = 0.2) -> float:
             start = time.perf_counter()
             matmul(x, x).block_until_ready()
             best, runs = min(best, time.perf_counter() - start), runs + 1
-    return 2 * size**3 / best / (len(jax.local_devices(backend="cpu")) if cpu else 1)
+    return 2 * size**3 / best
