@@ -1,0 +1,32 @@
+"""What is set before JAX starts, seen from a process that has set it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from experiments import ROOT
+
+TOUCHED = """
+import resource
+from sslx import platforms
+print(platforms.prepare())
+for i in range(10):
+    if i == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    b"x" * 40_000_000
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_memory_that_is_asked_for_again_costs_no_page_faults():
+    """Of the same program without: all pages, each time."""
+    def faults(**variables: str) -> int:
+        said = subprocess.run([sys.executable, "-c", TOUCHED], cwd=ROOT, check=True, text=True, capture_output=True,
+                              env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables).stdout.splitlines()
+        assert ("M_MMAP_MAX=0" in said[0]) == ("SSLX_FLAGS" not in variables)
+        return int(said[1])
+
+    assert faults() < 100
+    assert faults(SSLX_FLAGS="off") > 8 * 40_000_000 / 4096 / 2
