@@ -72,7 +72,7 @@ def fit(points: Points, form: str = "auto", fixed: dict[str, float] | None = Non
                 *checks.of_backtest(folds[form])]
     ends = best.ends
     report = dict(
-        intervals=spans, objective=best.objective, n_points=len(points.loss),
+        intervals=spans, objective=best.objective, n_points=len(points.loss), count=points.count,
         starts=dict(n=len(ends), agreeing=int((ends <= ends.min() * (1 + ALIKE) + 1e-18).sum()), best=float(ends.min()),
                     median=float(np.median(ends)), worst=float(ends.max())),
         exponents=exponents(form, params, around) | allocation,

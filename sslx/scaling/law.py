@@ -40,7 +40,7 @@ class Law(NamedTuple):
     misfit:    how far all points of a budget or a class of sizes lie from the law, of the loss, beyond their noise.
     c_max:     FLOPs of the largest budget that was fitted.
     flops:     FLOPs of a size and an amount of data.
-    report:    what else the fit found: objective, n_points, starts, intervals, exponents, backtest, warnings.
+    report:    what else the fit found: objective, n_points, count, starts, intervals, exponents, backtest, warnings.
     """
 
     form: str

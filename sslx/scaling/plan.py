@@ -10,7 +10,7 @@ What to do with a budget, by a law of python -m sslx.scaling.fit --json: sizes a
 --mfu               model FLOPs utilization to expect of the chips; of --topology as well. .4 if not given.
 --inference-tokens  that the network will read or write in its life, 2 N FLOPs each.
 --unique            units of data that there are; a law of the form data-constrained knows what repetition costs.
---n                 what the law counts as N: what the fit was given as --n. n_params if not given.
+--n                 what a law of a table counts as N; that of runs knows it. n_params if not given.
 --config            gets width, depth, steps and, for text, Step Law's learning rate and batch, as in a sweep.
 --topology          compiles the run for this slice: does it fit, how long does it take.
 """
@@ -277,9 +277,12 @@ def plan(law: Law, c: float, text: str = "", inference_tokens: float | None = No
 
 def run_of(law: Law, found: dict[str, Any], conf: Any, flags: dict[str, Any], named: str, given: set[str]) -> None:
     """Adds the run, and what a pod makes of it, to a plan."""
-    count = flags["n"] or "n_params"
+    known = law.report.get("count")
+    count = flags["n"] or known or "n_params"
     if count not in recipe.COUNTS:
         raise UserError(f"--n is {count!r}; it takes{nearest(count, recipe.COUNTS)}")
+    if known not in (None, count):
+        raise UserError(f"--n is {count}, and the runs of this law were counted by {known}")
     study = grid.Study(aot.offline(conf))
     best, c = found["optimum"], found["budget"]["flops"]
     devices = recipe.topology(flags["topology"]).devices if flags["topology"] else [None]

@@ -124,6 +124,17 @@ def test_what_is_no_law(tmp_path, capsys):
         plan.flat_region(law()._replace(form="power", params=dict(E=1.0, A=3.0, a=0.1)), 1e20)
 
 
+def test_a_law_of_runs_knows_what_it_counts(tmp_path, capsys):
+    path = tmp_path / "law.json"
+    path.write_text(json.dumps(law().as_json([]) | dict(count="n_params_nonembedding")))
+    ask = ["--law", str(path), "--budget", "3e19", "--config", CAUSAL]
+    assert plan.main([*ask, "--n", "n_params"]) == 2
+    assert "--n is n_params, and the runs of this law were counted by n_params_nonembedding" in capsys.readouterr().err
+    assert plan.main([*ask, "--json", str(tmp_path / "plan.json")]) == 0
+    same = planned(tmp_path, *ask[2:], "--n", "n_params_nonembedding")["run"]
+    assert json.loads((tmp_path / "plan.json").read_text())["run"]["n"] == same["n"]
+
+
 def test_warnings_of_the_law_and_of_the_distance():
     assert plan.plan(law(), 3e20)["warnings"] == ["what the fit warned of"]
     assert "back-tests reached 16 times" in plan.plan(law(), 3e21)["warnings"][-1]
