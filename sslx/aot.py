@@ -12,7 +12,6 @@ exposed. Nothing is run. Rows have the shape of config.data.synthetic if the con
 
 import json
 import math
-import os
 import pathlib
 import re
 import sys
@@ -285,7 +284,7 @@ FLAGS = {
 @told
 def main(arguments: list[str]) -> int:
     """Parses flags, compiles, prints the report. Returns 0 if it fits, 1 if it does not, 2 for a mistake."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs
+    jax.config.update("jax_platforms", "cpu")  # nothing runs
     conf, flags = command.parse("aot", __doc__, FLAGS, arguments)
     target, control = topology(flags["topology"]), flags["control"]
     if flags["overlap"]:

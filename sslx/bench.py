@@ -17,7 +17,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,10 +29,9 @@ from sslx.data import pipeline
 from sslx.experiment import Experiment
 from sslx.profile import dearest
 from sslx.report import duration, number, scientific, whole
-from sslx.sharding import batch_sharding
 from sslx.state import TrainState
 
-WARM_UP = 2
+WARM_UP, NO_END = 2, 2**31 - 1  # steps
 TRACED = 3  # steps of a profile
 
 FLAGS = {
@@ -76,9 +75,6 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-Batches = Generator[tuple[dict[str, jax.Array], dict[str, Any]]]
-
-
 def of_steps(built: Experiment, steps: int, began: float, profile: str | None) -> dict[str, Any]:
     """What the steps of a config cost: the JSON of the command. `began`: when the process did, on the monotonic clock.
 
@@ -86,7 +82,7 @@ def of_steps(built: Experiment, steps: int, began: float, profile: str | None) -
     """
     mesh, rows = built.mesh, built.data.batch_size
     device, dtype = jax.devices()[0], built.config["model"].get("dtype", "bfloat16")
-    batches = read(built)
+    batches = built.batches(0, NO_END)
     batch = next(batches)[0]
     unborn = state.abstract(built.objective, built.optimizer, built.run.seed, batch)
     counted = train.count_flops(built.objective, unborn, batch)
@@ -122,7 +118,7 @@ def of_steps(built: Experiment, steps: int, began: float, profile: str | None) -
 
 def of_data(built: Experiment, steps: int) -> dict[str, Any]:
     """What reading costs, with nothing else to do."""
-    batches, rows = read(built), built.data.batch_size
+    batches, rows = built.batches(0, NO_END), built.data.batch_size
     first_s = timed(lambda: jax.block_until_ready(next(batches)[0]))[1]
     seconds = [timed(lambda: jax.block_until_ready(next(batches)[0]))[1] for _ in range(WARM_UP + steps)][WARM_UP:]
     size = sum(x.nbytes for x in next(batches)[0].values())
@@ -134,23 +130,13 @@ def of_data(built: Experiment, steps: int) -> dict[str, Any]:
                 units_per_s=steps * units / total_s, bytes_per_s=steps * size / total_s)
 
 
-def read(built: Experiment) -> Batches:
-    """Batches as the training loop reads them, without end."""
-    data = built.data
-    stream = pipeline.stream(built.source, seed=built.run.seed, shuffle=data.shuffle, on_bad=data.on_bad)
-    found = pipeline.batches(stream, batch_size=data.batch_size, sharding=batch_sharding(built.mesh), first_step=0,
-                             last_step=2**31 - 1, workers=data.workers)
-    for batch, host in found:
-        yield {name: x for name, x in batch.items() if name != "label"}, host
-
-
 def timed(do: Any) -> tuple[Any, float]:
     """(what it returns, seconds)."""
     start = time.perf_counter()
     return do(), time.perf_counter() - start
 
 
-def stepped(step: Any, current: TrainState, batches: Batches, n: int) -> tuple[TrainState, list[float], float]:
+def stepped(step: Any, current: TrainState, batches: pipeline.Batches, n: int) -> tuple[TrainState, list[float], float]:
     """(state, seconds of each of n steps, seconds for which the devices had nothing to do but to wait for a batch).
 
     As in training the next step is handed over while one runs, so that no time goes by between them.

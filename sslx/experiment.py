@@ -18,7 +18,7 @@ from sslx import config, evals, flops, mup, optim, topology, workdir
 from sslx.config import Count, Natural, Nonnegative, Only, Positive, Seed, UserError
 from sslx.data import Info, Source, pipeline
 from sslx.objectives import Objective
-from sslx.sharding import batch_shards, make_mesh
+from sslx.sharding import batch_sharding, batch_shards, make_mesh
 from sslx.state import TrainState
 
 SECTIONS = ("mesh", "model", "objective", "data", "optim", "run", "evals")
@@ -107,6 +107,13 @@ class Experiment(NamedTuple):
     objective: Objective
     optimizer: optim.Optimizer
     evaluation: evals.Evaluate
+
+    def batches(self, first: int, last: int, rows: int | None = None) -> pipeline.Batches:
+        """Global batches first, ..., last - 1 of the training data; of data.batch_size rows, or of `rows`."""
+        data = self.data
+        stream = pipeline.stream(self.source, seed=self.run.seed, shuffle=data.shuffle, on_bad=data.on_bad)
+        return pipeline.batches(stream, batch_size=rows or data.batch_size, sharding=batch_sharding(self.mesh),
+                                first_step=first, last_step=last, workers=data.workers)
 
     @property
     def compiler_options(self) -> dict[str, Any]:

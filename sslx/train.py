@@ -5,7 +5,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -120,19 +120,11 @@ def count_flops(objective: Objective, current: TrainState, batch: Batch) -> flop
 def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
     """Steps from the newest checkpoint, or from the start, to the last step; logs, evaluates and saves on the way."""
     conf, options, data, mesh, source, objective, optimizer, evaluation = built
-    stream = pipeline.stream(source, seed=options.seed, shuffle=data.shuffle, on_bad=data.on_bad)
-    sharding, process = batch_sharding(mesh), jax.process_index()
-    rows_B = pipeline.local_rows(sharding, data.batch_size)
-
-    def batches(first: int, last: int, rows: int = data.batch_size) -> Iterator[tuple[Batch, dict[str, Any]]]:
-        found = pipeline.batches(stream, batch_size=rows, sharding=sharding, first_step=first, last_step=last,
-                                 workers=data.workers)
-        return (({name: x for name, x in batch.items() if name != "label"}, host) for batch, host in found)
-
+    process, rows_B = jax.process_index(), pipeline.local_rows(batch_sharding(mesh), data.batch_size)
     trunk = branches.trunk_of(options)
     if trunk and not checkpoint.steps(folder / "checkpoints"):
         branches.check(trunk, conf, source.info.fingerprint)
-    example = next(batches(0, 1))[0]
+    example = next(built.batches(0, 1))[0]
     unborn = state.abstract(objective, optimizer, options.seed, example)
     counted = count_flops(objective, unborn, example)
     # Only a config whose networks and loss can be traced lays claim to the workdir.
@@ -172,7 +164,7 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
         step_fn = step_of(built)
         show = objective.show and jax.jit(objective.show)
         n_shown = batch_shards(mesh) * math.ceil(N_SHOWN / batch_shards(mesh))
-        shown_batch = next(batches(0, 1, n_shown))[0]
+        shown_batch = next(built.batches(0, 1, n_shown))[0]
         clock, interrupted = Clock(logger.earlier, began, energy.meter(), logger.earlier_j), Interrupt(start)
         watchdog = Watchdog(options.hang_s, folder / "stacks")
         tokens_seen = state.exact(np.asarray(current.tokens))
@@ -271,7 +263,7 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
             watchdog.feed("compiling the step", SLACK_S)
             while not stop:
                 try:
-                    for batch, host in batches(step, options.steps):
+                    for batch, host in built.batches(step, options.steps):
                         step += 1
                         # A device that still computes does not wait for data.
                         busy = pending and not pending[1]["loss"].is_ready()

@@ -9,9 +9,7 @@ import jax
 import ml_collections
 
 from sslx import config, state
-from sslx.data import pipeline
 from sslx.experiment import Experiment, build
-from sslx.sharding import batch_sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 OBJECTIVES = sorted(path.stem for path in (ROOT / "sslx" / "objectives").glob("*.py") if config.has_make(path))
@@ -64,11 +62,8 @@ def experiment(name: str, shape: tuple[int, ...] = (1, 1, 1), **model) -> Experi
 
 
 def first_batch(built: Experiment) -> dict[str, jax.Array]:
-    """The global batch of step 0, without labels."""
-    stream = pipeline.stream(built.source, seed=0)
-    batch, _ = next(pipeline.batches(stream, batch_size=built.data.batch_size, sharding=batch_sharding(built.mesh),
-                                     first_step=0, last_step=1, workers=0))
-    return {field: x for field, x in batch.items() if field != "label"}
+    """The global batch of step 0."""
+    return next(built.batches(0, 1))[0]
 
 
 def abstract_state(built: Experiment, batch: dict[str, jax.Array]) -> state.TrainState:

@@ -19,13 +19,12 @@ from experiments import experiment as experiment_on
 
 from sslx import aot, mup, optim, state, train
 from sslx.config import UserError
-from sslx.data import pipeline
 from sslx.experiment import build
 from sslx.layers import Linear, Norm, cross_entropy
 from sslx.models import transformer
 from sslx.mup import Growth
 from sslx.objectives import Objective
-from sslx.sharding import batch_sharding, make_mesh, spec
+from sslx.sharding import make_mesh, spec
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -99,9 +98,7 @@ def losses(width, parametrized, rates, steps=150):
     base = {"model.base": {"width": 32}} if parametrized else {}
     fixed |= {"optim.learning_rate": 1.0, "optim.steps": steps, "optim.warmup": steps // 10, "optim.weight_decay": 0.0}
     built = experiment("causal_text", fixed | base, rows=8, length=64)
-    stream = pipeline.stream(built.source, seed=0)
-    found = pipeline.batches(stream, batch_size=8, sharding=batch_sharding(built.mesh), first_step=0, last_step=steps)
-    batches = [{name: np.asarray(x) for name, x in batch.items()} for batch, _ in found]
+    batches = [{name: np.asarray(x) for name, x in batch.items()} for batch, _ in built.batches(0, steps)]
 
     @jax.jit
     def run(rate, batches):

@@ -6,7 +6,7 @@ hosts, devices and workers and sees the same rows.
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any, Literal, cast
 
 import grain
@@ -20,6 +20,7 @@ from sslx.config import UserError
 from sslx.data import BadRecord, Example, RandomAccess, Source
 from sslx.sharding import batch_shards
 
+Batches = Generator[tuple[dict[str, jax.Array], dict[str, Any]]]  # what is on the devices, what stays on the host
 OnBad = Literal["skip", "stop"]
 MAX_CONSECUTIVE_BAD = 100
 
@@ -91,13 +92,13 @@ def batches(
     last_step: int,
     workers: int = 0,
     prefetch: int = 2,
-) -> Iterator[tuple[dict[str, jax.Array], dict[str, Any]]]:
+) -> Batches:
     """Global batches first_step, ..., last_step - 1, read and placed on the devices in the background.
 
     Row r of batch s is dataset[s * batch_size + r]. Each batch comes with what stays on the host:
-    `index` (of this process's rows) and `skipped` (bad records passed over to make them). Integers
-    become int32, floats float32; bytes stay uint8. `workers` are reading processes, `prefetch` the
-    batches kept ready at each stage (0: none, no threads).
+    `index` (of this process's rows) and `skipped` (bad records passed over to make them). Labels are
+    left behind: nothing trains on them. Integers become int32, floats float32; bytes stay uint8.
+    `workers` are reading processes, `prefetch` the batches kept ready at each stage (0: none, no threads).
 
     Raises UserError if the rows do not spread evenly over the devices; an error while reading is
     raised where the batch is awaited.
@@ -117,7 +118,7 @@ def batches(
     return closing(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=prefetch))
 
 
-def closing(dataset: grain.IterDataset) -> Iterator[Any]:
+def closing(dataset: grain.IterDataset) -> Generator[Any]:
     """Iterates, and ends the threads and processes behind `dataset` when the consumer stops, early or not."""
     iterator = iter(dataset)
     try:
@@ -143,7 +144,7 @@ def place(sharding: NamedSharding, batch_size: int, local: Example) -> tuple[dic
     host = {"index": local.pop("index", None), "skipped": int(np.sum(local.pop("skipped", 0)))}
     batch = {
         name: jax.make_array_from_process_local_data(sharding, narrow(x), (batch_size, *x.shape[1:]))
-        for name, x in local.items()
+        for name, x in local.items() if name != "label"
     }
     return batch, host
 

@@ -23,8 +23,6 @@ from command import CONFIGS
 
 from sslx import command, config, experiment, main, state, train
 from sslx.config import UserError
-from sslx.data import pipeline
-from sslx.sharding import batch_sharding
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 N = {"typo": 35, "missing": 35, "hostile": 130, "swapped": 30, "unknown": 15}  # with CONTRADICTIONS and FLAGS over 300
@@ -437,10 +435,7 @@ def until_the_workdir_is_claimed(conf: ml_collections.ConfigDict) -> None:
     """What a run does before it writes anything and compiles."""
     built = experiment.build(conf)
     with jax.set_mesh(built.mesh):
-        stream = pipeline.stream(built.source, seed=built.run.seed)
-        batch, _ = next(pipeline.batches(stream, batch_size=built.data.batch_size,
-                                         sharding=batch_sharding(built.mesh), first_step=0, last_step=1))
-        batch = {name: x for name, x in batch.items() if name != "label"}
+        batch = next(built.batches(0, 1))[0]
         unborn = state.abstract(built.objective, built.optimizer, built.run.seed, batch)
         train.count_flops(built.objective, unborn, batch)
 
