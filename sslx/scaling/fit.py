@@ -72,14 +72,16 @@ def fit(points: Points, form: str = "auto", fixed: dict[str, float] | None = Non
                 *checks.of_backtest(folds[form])]
     ends = best.ends
     report = dict(
-        intervals=spans, objective=best.objective, n_points=len(points.loss), count=points.count,
+        intervals=spans, objective=best.objective, n_points=len(points.loss),
         starts=dict(n=len(ends), agreeing=int((ends <= ends.min() * (1 + ALIKE) + 1e-18).sum()), best=float(ends.min()),
                     median=float(np.median(ends)), worst=float(ends.max())),
         exponents=exponents(form, params, around) | allocation,
         backtest=dict(folds=[f._asdict() for f in folds[form]], failed=bool(checks.of_backtest(folds[form]))),
         warnings=warnings)
     drift, misfit = intervals.widening(best, points, folds[form])
-    return Law(form, params, members, drift, misfit, float(points.c.max()), flops_of(points), report)
+    fall, doubt = intervals.unbent(points) if "b" in best.form.exponents else (0.0, 0.0)
+    return Law(form, params, members, drift, misfit, fall, doubt, float(points.c.max()), flops_of(points), points.count,
+               report)
 
 
 def score(folds: list[intervals.Fold], fitted: intervals.Fitted) -> tuple[float, float]:

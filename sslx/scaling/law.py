@@ -38,9 +38,12 @@ class Law(NamedTuple):
     members:   what intervals are made of.
     drift:     how wrong earlier extrapolations were: of loss - E, for a factor e of compute beyond the fit.
     misfit:    how far all points of a budget or a class of sizes lie from the law, of the loss, beyond their noise.
+    fall:      -d ln L / d ln C of the best run of each budget.
+    doubt:     that the law's floor is one: 1 if the budgets span a decade or less, 0 from two decades on.
     c_max:     FLOPs of the largest budget that was fitted.
     flops:     FLOPs of a size and an amount of data.
-    report:    what else the fit found: objective, n_points, count, starts, intervals, exponents, backtest, warnings.
+    count:     what N counts, of runs: "n_params" or "n_params_nonembedding".
+    report:    what else the fit found: objective, n_points, starts, intervals, exponents, backtest, warnings.
     """
 
     form: str
@@ -48,8 +51,11 @@ class Law(NamedTuple):
     members: tuple[Member, ...]
     drift: float
     misfit: float
+    fall: float
+    doubt: float
     c_max: float
     flops: Flops
+    count: str | None
     report: dict[str, Any]
 
     @property
@@ -68,7 +74,8 @@ class Law(NamedTuple):
     def interval(self, n: Any, d: Any, unique: Any = None) -> tuple[Array, Array]:
         """(low, high) of the loss, float[P] each, with a confidence of CONFIDENCE.
 
-        Quantiles of resamples, averaged over forms; and apart from these, by Pythagoras, what back-tests ask for.
+        Quantiles of resamples, averaged over forms; and apart from these, by Pythagoras, what back-tests ask for. Over
+        few decades every curve bends as if to a floor: as far as there is `doubt`, the loss may go on as it fell.
         """
         x, loss = self.inputs(n, d, unique), self.loss(n, d, unique)
         draws, shares = [], []
@@ -77,10 +84,13 @@ class Law(NamedTuple):
             shares.append(np.full(len(member.thetas), member.share / len(member.thetas)))
         low, high = quantiles(np.concatenate(draws), np.concatenate(shares))
         beyond = np.maximum(x.c - math.log(self.c_max), 0.0)
+        back = np.exp(-beyond / 2)  # of N and of D, to the largest budget of the fit
         floor = next(iter(self.params.values())) if len(self.shape.signs) > 1 else 0.0
         wide = np.hypot(self.misfit, self.drift * beyond * np.abs(loss - floor) / loss)
         centre = np.log(loss)
-        return (np.exp(centre - np.hypot(np.maximum(centre - low, 0.0), wide)),
+        fell = np.log(self.loss(np.multiply(n, back), np.multiply(d, back), unique) / loss)
+        unbent = self.doubt * np.maximum(self.fall * beyond - fell, 0.0)
+        return (np.exp(centre - np.hypot(np.maximum(centre - low, 0.0), wide) - unbent),
                 np.exp(centre + np.hypot(np.maximum(high - centre, 0.0), wide)))
 
     def optimum(self, c: float) -> tuple[float, float]:
@@ -105,8 +115,8 @@ class Law(NamedTuple):
 
     def as_json(self, predictions: Sequence[dict[str, float]] = ()) -> dict[str, Any]:
         """What a file keeps of the law; `backtest.law` is what intervals of new predictions need."""
-        kept = dict(drift=self.drift, misfit=self.misfit, c_max=self.c_max,
-                    flops=[np.round(x, 6).tolist() for x in self.flops],
+        kept = dict(drift=self.drift, misfit=self.misfit, fall=self.fall, doubt=self.doubt, c_max=self.c_max,
+                    count=self.count, flops=[np.round(x, 6).tolist() for x in self.flops],
                     members=[dict(form=m.form, share=m.share, centre=[float(x) for x in m.centre],
                                   thetas=np.round(m.thetas, 7).tolist())
                              for m in self.members])
@@ -123,8 +133,9 @@ class Law(NamedTuple):
                             for m in kept["members"])
             report = {k: v for k, v in found.items() if k not in ("form", "params", "predictions")}
             report["backtest"] = {k: v for k, v in report["backtest"].items() if k != "law"}
-            return cls(found["form"], found["params"], members, kept["drift"], kept["misfit"], kept["c_max"],
-                       Flops(*map(np.array, kept["flops"])), report)
+            return cls(found["form"], found["params"], members, kept["drift"], kept["misfit"], kept["fall"],
+                       kept["doubt"], kept["c_max"],
+                       Flops(*map(np.array, kept["flops"])), kept["count"], report)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"this is no law as `python -m sslx.scaling.fit --json` writes one: {error!r}") from error
 

@@ -22,8 +22,8 @@ def law(form: str = "chinchilla", c_max: float = 1e20, k: float = 6.0, drift: fl
                   intervals={name: [v * 0.9, v * 1.1] for name, v in params.items()},
                   exponents=dict(a=0.513, b=0.487, intervals=dict(a=[0.5, 0.52], b=[0.48, 0.5])),
                   backtest=dict(folds=FOLDS, failed=False), objective=1e-4, n_points=24, starts={})
-    return Law(form, params, (Member(form, 1.0, Inputs(*np.zeros(4)), thetas),), drift, 0.0, c_max,
-               Flops(np.log([1e7, 1e10]), np.log([k, k])), report)
+    return Law(form, params, (Member(form, 1.0, Inputs(*np.zeros(4)), thetas),), drift, 0.0, 0.0, 0.0, c_max,
+               Flops(np.log([1e7, 1e10]), np.log([k, k])), None, report)
 
 
 def points(of: Law, budgets: int = 4, sizes: int = 6, noise: float = 0.0) -> Points:

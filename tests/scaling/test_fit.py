@@ -4,11 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from experiments import ROOT
 from synthetic_studies import study
 
 from sslx.config import UserError
 from sslx.scaling.fit import fit, main
 from sslx.scaling.forms import FORMS, Inputs
+from sslx.scaling.intervals import unbent
 from sslx.scaling.law import Law
 from sslx.scaling.points import Points
 
@@ -78,6 +80,41 @@ def test_prediction_at_a_hundred_times_the_compute():
         n, d = made.best(100 * made.points.c.max())
         errors.append(abs(fit(made.points, "chinchilla").loss(n, d)[0] / made.loss(n, d) - 1))
     assert np.median(errors) < 0.005 and np.quantile(errors, 0.9) < 0.0115, errors
+
+
+@pytest.mark.parametrize("first", [2.5e16, 5e16])
+def test_a_floor_that_one_decade_shows_is_doubted(first):
+    """Of Porian et al.'s runs: the best of the later budgets lie below what laws of a factor of 8 are sure of."""
+    table = np.array([[float(x) for x in row.split(",")] for row in
+                      (ROOT / "studies" / "refinedweb" / "points.csv").read_text().splitlines()[1:]])
+    c, n, d, loss = table.T
+    rows = (c >= first) & (c <= 8.1 * first)
+    law = fit(points(loss[rows], n[rows], d[rows], c[rows]), "chinchilla")
+    later = c == c[rows].max() * 8
+    best = np.flatnonzero(later)[loss[later].argmin()]
+    assert law.doubt == 1
+    low, high = law.interval(n[best], d[best])
+    assert low[0] < loss[best] < high[0]
+    sure, as_high = law._replace(doubt=0.0).interval(n[best], d[best])
+    assert sure[0] > low[0] and as_high[0] == high[0] and (first < 5e16 or sure[0] > loss[best])
+    assert law.interval(n[rows], d[rows])[0] == pytest.approx(law._replace(doubt=0.0).interval(n[rows], d[rows])[0])
+
+
+def test_doubt_ends_with_two_decades():
+    """The loss of the best runs is C^-.07: what a law bends away from that is taken back, and nothing else."""
+    n, d, c = grid(budgets=5)
+    for budgets, doubt in ((3, 1.0), (4, 0.5), (5, 0.0)):
+        rows = c <= c[0] * 10 ** ((budgets - 1) / 2) * 1.01
+        fall, found = unbent(points((c * (n / d * 20) ** 0.01) ** -0.07, n, d, c).take(rows))
+        assert (fall, found) == (pytest.approx(0.07), pytest.approx(doubt))
+    law = fit(points(of_form("chinchilla", TRUTHS["chinchilla"], n, d, c), n, d, c), "chinchilla")
+    far = n[-1] * 10, d[-1] * 10
+    assert law.doubt == 0
+    doubted = law._replace(doubt=1.0, fall=0.08, drift=0.0, misfit=0.0)
+    slow = doubted._replace(fall=0.01)  # the law falls faster by itself
+    bent = law.loss(*far)[0] / law.loss(n[-1], d[-1])[0]
+    assert doubted.interval(*far)[0][0] == pytest.approx(slow.interval(*far)[0][0] * 100**-0.08 / bent)
+    assert slow.interval(*far)[0] == pytest.approx(slow._replace(doubt=0.0).interval(*far)[0])
 
 
 def test_the_optimum():

@@ -1,0 +1,223 @@
+"""Peers in PyTorch: plain models, transformers, lightly, each a function that makes `step()` for a dtype.
+
+`best` is what their users do for speed: a fused optimizer and torch.compile; without it everything is as it comes.
+"""
+
+import contextlib
+import pathlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cases import BERT_VOCABULARY, CASES, DINO, HEADS, PIXELS, T5_TARGETS, T5_VOCABULARY, WIDTH
+from torch import nn
+
+RNG = np.random.default_rng(0)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        q, k, v = (y.view(B, T, HEADS, D // HEADS).transpose(1, 2) for y in self.qkv(self.norm_1(x)).split(D, 2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
+class Gpt(nn.Module):
+    """GPT-2's shape, the head tied to the table."""
+
+    def __init__(self, vocabulary: int, length: int):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(vocabulary, WIDTH), nn.Embedding(length, WIDTH)
+        self.blocks, self.norm = nn.ModuleList(Block() for _ in range(6)), nn.LayerNorm(WIDTH)
+
+    def forward(self, tokens):
+        x = self.tokens(tokens) + self.positions.weight
+        for block in self.blocks:
+            x = block(x)
+        logits = self.norm(x) @ self.tokens.weight.T
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class Windows(torch.utils.data.Dataset):
+    """Windows of a memory-mapped array of tokens, as nanoGPT reads them."""
+
+    def __init__(self, path: str, length: int):
+        self.tokens, self.length = np.memmap(path, np.uint16, "r"), length
+
+    def __len__(self):
+        return len(self.tokens) // self.length
+
+    def __getitem__(self, i):
+        return torch.from_numpy(self.tokens[i * self.length:(i + 1) * self.length].astype(np.int64))
+
+
+def trained(model: nn.Module, loss_of, dtype: str, best: bool):
+    """A function that takes one step of AdamW on `loss_of()`, a loss in autocast."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, fused=best or None)
+
+    def step():
+        half = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+        with half:
+            loss = loss_of()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def compiled(model: nn.Module, best: bool) -> nn.Module:
+    return torch.compile(model) if best else model
+
+
+def noise(vocabulary: int, rows: int, length: int) -> torch.Tensor:
+    return torch.from_numpy(RNG.integers(0, vocabulary, (rows, length)))
+
+
+def endless(loader):
+    while True:
+        yield from loader
+
+
+def tokens(dtype: str, best: bool, data: pathlib.Path):
+    """At its best: the rows of a batch are gathered by one index of the array."""
+    case = CASES["tokens"]
+    windows = Windows(str(next((data / "tokens").glob("train-*.bin"))), case.size)
+    if best:
+        rows = windows.tokens[:len(windows) * case.size].reshape(-1, case.size)
+        return lambda: torch.from_numpy(rows[np.sort(RNG.integers(0, len(rows), case.batch))].astype(np.int64))
+    batches = endless(torch.utils.data.DataLoader(windows, case.batch, shuffle=True))
+    return lambda: next(batches)
+
+
+def jpeg(dtype: str, best: bool, data: pathlib.Path):
+    """At its best: decoding and transforms on tensors, without Pillow."""
+    from torchvision import datasets, io
+    from torchvision.transforms import v2
+
+    case = CASES["jpeg"]
+    crop = [v2.RandomResizedCrop(case.size, scale=(0.2, 1.0), antialias=True), v2.RandomHorizontalFlip()]
+    scaled = [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]
+    transform = v2.Compose([*crop, *([] if best else [v2.ToImage()]), *scaled])
+    loader = (lambda path: io.decode_image(path, io.ImageReadMode.RGB)) if best else datasets.folder.default_loader
+    images = datasets.ImageFolder(str(data / "images"), transform, loader=loader)
+    batches = endless(torch.utils.data.DataLoader(images, case.batch, shuffle=True))
+    return lambda: next(batches)
+
+
+def gpt(dtype: str, best: bool, data: pathlib.Path):
+    case = CASES["gpt"]
+    model = Gpt(256, case.size)
+    run = compiled(model, best)
+    return trained(model, lambda: run(noise(256, case.batch, case.size)), dtype, best)
+
+
+def bert(dtype: str, best: bool, data: pathlib.Path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    case = CASES["bert"]
+    model = BertForMaskedLM(BertConfig(vocab_size=BERT_VOCABULARY, hidden_size=WIDTH, num_hidden_layers=6,
+                                       num_attention_heads=HEADS, intermediate_size=4 * WIDTH,
+                                       max_position_embeddings=case.size))
+    run = compiled(model, best)
+
+    def loss():
+        x = noise(BERT_VOCABULARY, case.batch, case.size)
+        chosen = torch.rand(x.shape) < 0.15
+        return run(input_ids=x.masked_fill(chosen, 103), labels=x.masked_fill(~chosen, -100)).loss
+
+    return trained(model, loss, dtype, best)
+
+
+def mae(dtype: str, best: bool, data: pathlib.Path):
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    case = CASES["mae"]
+    model = ViTMAEForPreTraining(ViTMAEConfig(hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=HEADS,
+                                              intermediate_size=4 * WIDTH, image_size=case.size, patch_size=8,
+                                              norm_pix_loss=True))
+    run = compiled(model, best)
+    return trained(model, lambda: run(pixel_values=torch.rand(case.batch, 3, case.size, case.size)).loss, dtype, best)
+
+
+def t5(dtype: str, best: bool, data: pathlib.Path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    case = CASES["t5"]
+    model = T5ForConditionalGeneration(T5Config(vocab_size=T5_VOCABULARY, d_model=WIDTH, d_kv=WIDTH // HEADS,
+                                                d_ff=4 * WIDTH, num_layers=6, num_heads=HEADS, dropout_rate=0.0,
+                                                decoder_start_token_id=0))
+    run = compiled(model, best)
+    return trained(model, lambda: run(input_ids=noise(32000, case.batch, case.size),
+                                      labels=noise(32000, case.batch, T5_TARGETS)).loss, dtype, best)
+
+
+def pictures(n: int) -> list:
+    from PIL import Image
+
+    return [Image.fromarray(x) for x in RNG.integers(0, 256, (n, PIXELS, PIXELS, 3), np.uint8)]
+
+
+def simclr(dtype: str, best: bool, data: pathlib.Path):
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from lightly.transforms import SimCLRTransform
+    from torchvision.models import resnet18
+
+    case = CASES["simclr"]
+    backbone = resnet18()
+    backbone.fc = nn.Identity()
+    model = nn.Sequential(backbone, SimCLRProjectionHead(512, 512, 128))
+    run, views, criterion = compiled(model, best), SimCLRTransform(input_size=case.size), NTXentLoss(0.1)
+    shown = pictures(256)
+
+    def loss():
+        rows = [views(shown[i]) for i in RNG.integers(0, len(shown), case.batch)]
+        return criterion(*(run(torch.stack(view)) for view in zip(*rows, strict=True)))
+
+    return trained(model, loss, dtype, best)
+
+
+def dino(dtype: str, best: bool, data: pathlib.Path):
+    from lightly.loss import DINOLoss
+    from lightly.models.modules import DINOProjectionHead
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+    from lightly.transforms import DINOTransform
+    from transformers import ViTConfig, ViTModel
+
+    case = CASES["dino"]
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = ViTModel(ViTConfig(hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=HEADS,
+                                              intermediate_size=4 * WIDTH, image_size=case.size, patch_size=8,
+                                              hidden_dropout_prob=0.0), add_pooling_layer=False)
+            self.head = DINOProjectionHead(WIDTH, DINO["hidden"], DINO["bottleneck"], DINO["prototypes"])
+
+        def forward(self, x):
+            return self.head(self.encoder(x, interpolate_pos_encoding=True).last_hidden_state[:, 0])
+
+    student, teacher = Network(), Network()
+    deactivate_requires_grad(teacher)
+    of_student, of_teacher = compiled(student, best), compiled(teacher, best)
+    views = DINOTransform(global_crop_size=case.size, local_crop_size=DINO["local_size"], n_local_views=DINO["n_local"])
+    criterion, shown = DINOLoss(output_dim=DINO["prototypes"]), pictures(256)
+
+    def loss():
+        update_momentum(student, teacher, 0.99)
+        rows = [views(shown[i]) for i in RNG.integers(0, len(shown), case.batch)]
+        crops = [torch.stack(view) for view in zip(*rows, strict=True)]
+        with torch.no_grad():
+            targets = [of_teacher(view) for view in crops[:2]]
+        return criterion(targets, [of_student(view) for view in crops], epoch=0)
+
+    return trained(student, loss, dtype, best)
