@@ -193,9 +193,9 @@ def main(arguments: list[str]) -> int:
     points, form = read(given)
     law = fit(points, form, fixed)
     predictions = law.predictions(wanted)
-    print(table(law, predictions))
     if given.json:
         given.json.write_text(json.dumps(law.as_json(predictions), indent=1) + "\n")
+    print(table(law, predictions))
     return 0
 
 
