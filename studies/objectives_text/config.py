@@ -28,7 +28,7 @@ def get_config(objective: str = "causal_lm") -> ml_collections.ConfigDict:
     else:
         config.model.update(name="transformer", depth=depth, max_length=128)
     config.objective = dict(name=objective, **OBJECTIVES[objective])
-    config.data = dict(batch_size=16, train=text | dict(split="train"))
+    config.data = dict(batch_size=4, train=text | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=3e-3, schedule="cosine", warmup=steps // 10, weight_decay=0.01,
                         b2=0.98, clip=1.0)
     config.run = dict(steps=steps, seed=0)

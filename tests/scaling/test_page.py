@@ -73,11 +73,11 @@ def test_the_runs_of_a_pilot(tmp_path):
 
 
 def test_objectives_stand_beside_each_other_by_accuracy_only(tmp_path):
-    page = made(tmp_path, STUDIES / "pilot_images" / "runs")
+    page = made(tmp_path, STUDIES / "objectives_images" / "runs")
     assert "Objectives at equal FLOPs" in page and "probe/accuracy" in page and "knn/accuracy" in page
     assert page.count("No law:") == 3  # three budgets of one size each
     for objective in ("mae", "simclr", "dino"):
-        assert f"{objective} on digits" in page
+        assert f"{objective} on fashion-mnist/train" in page
 
 
 def test_mistakes(tmp_path, capsys):
