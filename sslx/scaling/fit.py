@@ -80,8 +80,8 @@ def fit(points: Points, form: str = "auto", fixed: dict[str, float] | None = Non
         warnings=warnings)
     drift, misfit = intervals.widening(best, points, folds[form])
     fall, doubt = intervals.unbent(points) if "b" in best.form.exponents else (0.0, 0.0)
-    return Law(form, params, members, drift, misfit, fall, doubt, float(points.c.max()), flops_of(points), points.count,
-               report)
+    return Law(form, params, members, drift, misfit, fall, doubt, float(points.c.max()), flops_of(points),
+               points.counted, report)
 
 
 def score(folds: list[intervals.Fold], fitted: intervals.Fitted) -> tuple[float, float]:

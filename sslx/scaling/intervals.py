@@ -102,7 +102,8 @@ def unbent(points: Points) -> tuple[float, float]:
     In the isoFLOP tables of Porian et al. 2024 intervals of laws of windows of a factor of 8 in compute hold 60 % of
     the best losses at 8 times more without this, 76 % with it; most were below, as was our own run of prose.
     """
-    each = [points.budget == k for k in range(points.budget.max() + 1)]
+    budget = points.budget
+    each = [budget == k for k in range(budget.max() + 1)]
     c, best = np.array([(points.c[rows].mean(), points.loss[rows].min()) for rows in each]).T
     if len(c) < 2:
         return 0.0, 0.0

@@ -42,7 +42,7 @@ class Law(NamedTuple):
     doubt:     that the law's floor is one: 1 if the budgets span a decade or less, 0 from two decades on.
     c_max:     FLOPs of the largest budget that was fitted.
     flops:     FLOPs of a size and an amount of data.
-    count:     what N counts, of runs: "n_params" or "n_params_nonembedding".
+    counted:   what N is, of runs: "n_params" or "n_params_nonembedding".
     report:    what else the fit found: objective, n_points, starts, intervals, exponents, backtest, warnings.
     """
 
@@ -55,7 +55,7 @@ class Law(NamedTuple):
     doubt: float
     c_max: float
     flops: Flops
-    count: str | None
+    counted: str | None
     report: dict[str, Any]
 
     @property
@@ -116,7 +116,7 @@ class Law(NamedTuple):
     def as_json(self, predictions: Sequence[dict[str, float]] = ()) -> dict[str, Any]:
         """What a file keeps of the law; `backtest.law` is what intervals of new predictions need."""
         kept = dict(drift=self.drift, misfit=self.misfit, fall=self.fall, doubt=self.doubt, c_max=self.c_max,
-                    count=self.count, flops=[np.round(x, 6).tolist() for x in self.flops],
+                    counted=self.counted, flops=[np.round(x, 6).tolist() for x in self.flops],
                     members=[dict(form=m.form, share=m.share, centre=[float(x) for x in m.centre],
                                   thetas=np.round(m.thetas, 7).tolist())
                              for m in self.members])
@@ -134,8 +134,7 @@ class Law(NamedTuple):
             report = {k: v for k, v in found.items() if k not in ("form", "params", "predictions")}
             report["backtest"] = {k: v for k, v in report["backtest"].items() if k != "law"}
             return cls(found["form"], found["params"], members, kept["drift"], kept["misfit"], kept["fall"],
-                       kept["doubt"], kept["c_max"],
-                       Flops(*map(np.array, kept["flops"])), kept["count"], report)
+                       kept["doubt"], kept["c_max"], Flops(*map(np.array, kept["flops"])), kept["counted"], report)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"this is no law as `python -m sslx.scaling.fit --json` writes one: {error!r}") from error
 

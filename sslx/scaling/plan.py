@@ -277,11 +277,11 @@ def plan(law: Law, c: float, text: str = "", inference_tokens: float | None = No
 
 def run_of(law: Law, found: dict[str, Any], conf: Any, flags: dict[str, Any], named: str, given: set[str]) -> None:
     """Adds the run, and what a pod makes of it, to a plan."""
-    count = flags["n"] or law.count or "n_params"
+    count = flags["n"] or law.counted or "n_params"
     if count not in recipe.COUNTS:
         raise UserError(f"--n is {count!r}; it takes{nearest(count, recipe.COUNTS)}")
-    if law.count not in (None, count):
-        raise UserError(f"--n is {count}, and the runs of this law were counted by {law.count}")
+    if law.counted not in (None, count):
+        raise UserError(f"--n is {count}, and the runs of this law were counted by {law.counted}")
     study = grid.Study(aot.offline(conf))
     best, c = found["optimum"], found["budget"]["flops"]
     devices = recipe.topology(flags["topology"]).devices if flags["topology"] else [None]

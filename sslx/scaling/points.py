@@ -29,7 +29,7 @@ class Points(NamedTuple):
     run:      int[P], rows that are not independent of each other: one run, one trunk, one shape.
     metric:   what `loss` is.
     warnings: what is odd about them.
-    count:    what n counts, of runs: "n_params" or "n_params_nonembedding".
+    counted:  what n is, of runs: "n_params" or "n_params_nonembedding".
     """
 
     n: Array
@@ -41,10 +41,11 @@ class Points(NamedTuple):
     run: Array
     metric: str
     warnings: tuple[str, ...] = ()
-    count: str | None = None
+    counted: str | None = None
 
     def take(self, rows: Array) -> "Points":
-        return Points(*(x[rows] for x in self[:7]), *self[7:])
+        n, d, c, unique, loss, weight, run = (x[rows] for x in self[:7])
+        return self._replace(n=n, d=d, c=c, unique=unique, loss=loss, weight=weight, run=run)
 
     @property
     def inputs(self) -> Inputs:
@@ -165,7 +166,7 @@ def from_runs(folders: Iterable[pathlib.Path], metric: str, count: str) -> Point
         raise UserError(f"losses of different objectives or data share no law, and these runs are of {len(kinds)}: "
                         + "; ".join(f"{n} of {name}" for name, n in kinds.items()))
     values = dict(zip(("n", "d", "c", "unique", "loss"), np.array(rows, float).T, strict=True))
-    return checked(values, None, metric, "the runs", {role: role for role in values})._replace(count=count)
+    return checked(values, None, metric, "the runs", {role: role for role in values})._replace(counted=count)
 
 
 def kind(run: Mapping[str, Any]) -> str:

@@ -166,6 +166,12 @@ def pictures(n: int) -> list:
     return [Image.fromarray(x) for x in RNG.integers(0, 256, (n, PIXELS, PIXELS, 3), np.uint8)]
 
 
+def views_of(transform, shown: list, rows: int) -> list[torch.Tensor]:
+    """The views of a batch of pictures drawn at random, each [rows, C, H, W]."""
+    each = [transform(shown[i]) for i in RNG.integers(0, len(shown), rows)]
+    return [torch.stack(view) for view in zip(*each, strict=True)]
+
+
 def simclr(dtype: str, best: bool, data: pathlib.Path):
     from lightly.loss import NTXentLoss
     from lightly.models.modules import SimCLRProjectionHead
@@ -179,11 +185,7 @@ def simclr(dtype: str, best: bool, data: pathlib.Path):
     run, views, criterion = compiled(model, best), SimCLRTransform(input_size=case.size), NTXentLoss(0.1)
     shown = pictures(256)
 
-    def loss():
-        rows = [views(shown[i]) for i in RNG.integers(0, len(shown), case.batch)]
-        return criterion(*(run(torch.stack(view)) for view in zip(*rows, strict=True)))
-
-    return trained(model, loss, dtype, best)
+    return trained(model, lambda: criterion(*map(run, views_of(views, shown, case.batch))), dtype, best)
 
 
 def dino(dtype: str, best: bool, data: pathlib.Path):
@@ -214,8 +216,7 @@ def dino(dtype: str, best: bool, data: pathlib.Path):
 
     def loss():
         update_momentum(student, teacher, 0.99)
-        rows = [views(shown[i]) for i in RNG.integers(0, len(shown), case.batch)]
-        crops = [torch.stack(view) for view in zip(*rows, strict=True)]
+        crops = views_of(views, shown, case.batch)
         with torch.no_grad():
             targets = [of_teacher(view) for view in crops[:2]]
         return criterion(targets, [of_student(view) for view in crops], epoch=0)

@@ -126,7 +126,7 @@ def test_what_is_no_law(tmp_path, capsys):
 
 def test_a_law_of_runs_knows_what_it_counts(tmp_path, capsys):
     path = tmp_path / "law.json"
-    path.write_text(json.dumps(law()._replace(count="n_params_nonembedding").as_json([])))
+    path.write_text(json.dumps(law()._replace(counted="n_params_nonembedding").as_json([])))
     ask = ["--law", str(path), "--budget", "3e19", "--config", CAUSAL]
     assert plan.main([*ask, "--n", "n_params"]) == 2
     assert "--n is n_params, and the runs of this law were counted by n_params_nonembedding" in capsys.readouterr().err
