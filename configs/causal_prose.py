@@ -28,5 +28,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                         weight_decay=0.1, b2=0.98, clip=1.0)
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 2, save_every=steps // 3)
     config.evals = dict(batch_size=8 if debug else 64,
-                        heldout=dict(source=text | dict(split="heldout"), batches=2 if debug else 32))
+                        heldout=dict(source=text | dict(split="heldout"), batches=2 if debug else 32),
+                        copying=dict(batches=2 if debug else 4))
     return config

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sslx import evals
 from sslx.config import UserError
 from sslx.data import BadRecord, Info, Source
-from sslx.evals import Subject, collapse, heldout, knn, probe
+from sslx.evals import Subject, collapse, copying, heldout, knn, probe
 from sslx.objectives import Objective
 from sslx.sharding import make_mesh
 
@@ -194,6 +194,29 @@ def test_heldout_is_the_token_weighted_mean_and_the_same_every_time():
     draws = [float(jax.random.uniform(k)) for k in keys]
     assert metrics["heldout/draw"] == pytest.approx(np.average(draws, weights=means.sum(1)), rel=1e-5)
     assert evaluate.evaluate(jnp.float32(1.0), ()) == metrics and "heldout/tokens" not in metrics
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_copying_is_what_reading_the_same_before_gains(copies):
+    """A model of 50 equal tokens; one that copies is certain of what stands half a window before."""
+    rows = [dict(tokens=x) for x in np.random.default_rng(0).integers(0, 50, (24, 16))]
+
+    def loss(batch, number):
+        tokens = batch["tokens"]
+        nll = np.full(tokens.shape, np.log(50.0))
+        if copies:
+            nll[:, 8:][tokens[:, 8:] == tokens[:, :8]] = 0.0
+        return {"loss": nll.mean(), "tokens": tokens.size}
+
+    subject = Subject(lambda batch: None, loss, dict(heldout=Source(Examples(rows), Info("t", "text", "f"))), 8)
+    expected = np.log(50.0) if copies else 0.0  # but for one token in 50 that is equal by chance
+    assert copying.make(batches=3)(subject)["copying/gain"] == pytest.approx(expected, rel=0.05, abs=1e-9)
+
+
+def test_copying_is_of_text():
+    subject = Subject(lambda batch: None, lambda batch, number: {}, dict(heldout=images(8)), 8)
+    with pytest.raises(UserError, match="no tokens: remove it"):
+        copying.make()(subject)
 
 
 def test_raw_baseline_has_the_accuracies_of_pixels():

@@ -125,6 +125,7 @@ DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "data/digits": {"split!": one_of("train", "test")},
     "evals": {"batch_size?": count, "labelled?": is_section},
     "evals/heldout": {"batches": count, "source": is_section},
+    "evals/copying": {"batches": count},
     "evals/probe": {"l2": every(positive), "select": part, "tolerance": positive, "max_iterations": count},
     "evals/knn": {"k": count, "chunk": count},
     "evals/collapse": {"split": one_of("train", "test", "heldout"), "rows": whole(2), "min_rankme": positive,
