@@ -18,6 +18,7 @@ APART = math.log(1.2)  # budgets are at least this far apart in ln C
 OCTAVE = math.log(2)   # and their own points not farther than this
 POINTS = 3             # that a budget has, on average
 BINS = 8
+COPYING, COPIES = "copying/gain", 0.05  # nats per token
 LARGEST_LOSS, SMALLEST_COUNT = 1e3, 1e3
 OF_THE_RUN = ("name", "steps", "temperature_warmup", "freeze_prototypes", "sample_length")  # steps: of its length
 ROLES = dict(n="parameters N", d="units seen D", c="FLOPs C", loss="the loss or metric", unique="units that are unique",
@@ -131,7 +132,8 @@ def number(value: Any, where: str) -> float:
 def from_runs(folders: Iterable[pathlib.Path], metric: str, count: str) -> Points:
     """The last point of each run below `folders`: finished, annealed, of one objective and dataset.
 
-    count: "n_params" or "n_params_nonembedding". Raises UserError for runs that do not belong in one law.
+    count: "n_params" or "n_params_nonembedding". Raises UserError for runs that do not belong in one law, and warns of
+    those of which some copy from their context (evals.copying) and others do not yet.
     """
     workdirs = sorted({p.parent for f in folders for p in ([f] if f.name == "metrics.jsonl" else
                                                            f.rglob("metrics.jsonl"))})
@@ -139,7 +141,7 @@ def from_runs(folders: Iterable[pathlib.Path], metric: str, count: str) -> Point
         raise UserError(f"no metrics.jsonl below {', '.join(map(str, folders))}: the command takes workdirs of runs, or"
                         " folders that hold some")
     refused: dict[str, list[str]] = {}
-    rows, kinds = [], Counter[str]()
+    rows, kinds, gains = [], Counter[str](), {}
     for workdir in workdirs:
         runs, points = log.read(workdir)
         run = runs[-1]
@@ -156,17 +158,34 @@ def from_runs(folders: Iterable[pathlib.Path], metric: str, count: str) -> Point
             rows.append((run[count], last["tokens_seen"], last["flops_model"],
                          last["tokens_seen"] / max(1.0, last["epochs"]), last["metrics"][metric]))
             kinds[kind(run)] += 1
+            gains[str(workdir)] = last["metrics"].get(COPYING)
             continue
         refused.setdefault(reason, []).append(str(workdir))
     if refused:
-        raise UserError("; ".join(f"{len(which)} of {len(workdirs)} runs {reason} ({', '.join(which[:3])}"
-                                  f"{', ...' if len(which) > 3 else ''})" for reason, which in refused.items())
+        raise UserError("; ".join(f"{len(which)} of {len(workdirs)} runs {reason} ({some(which)})"
+                                  for reason, which in refused.items())
                         + ". Finish these runs or name the others only")
     if len(kinds) > 1:
         raise UserError(f"losses of different objectives or data share no law, and these runs are of {len(kinds)}: "
                         + "; ".join(f"{n} of {name}" for name, n in kinds.items()))
     values = dict(zip(("n", "d", "c", "unique", "loss"), np.array(rows, float).T, strict=True))
-    return checked(values, None, metric, "the runs", {role: role for role in values})._replace(counted=count)
+    found = checked(values, None, metric, "the runs", {role: role for role in values})
+    return found._replace(counted=count, warnings=found.warnings + of_copying(gains))
+
+
+def some(names: list[str]) -> str:
+    """The first of them."""
+    return ", ".join(names[:3] + ["..."] * (len(names) > 3))
+
+
+def of_copying(gains: Mapping[str, float | None]) -> tuple[str, ...]:
+    """A warning if of these runs some copy and others do not; of one without a number nothing is known."""
+    known = {name: gain for name, gain in gains.items() if gain is not None}
+    copy = [name for name, gain in known.items() if gain > COPIES]
+    if len(copy) in (0, len(known)):
+        return ()
+    return (f"{len(copy)} of {len(known)} runs copy from their context ({COPYING} above {COPIES}: {some(copy)}): their"
+            " loss has fallen at once, below the curve of the others. Fit one side alone",)
 
 
 def kind(run: Mapping[str, Any]) -> str:

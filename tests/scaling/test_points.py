@@ -112,14 +112,15 @@ def test_budgets(tmp_path):
 
 
 def log_of_a_run(folder, n: float, metric: float = 3.0, *, phase: str = "annealed", step: int = 100, seed: int = 0,
-                 objective: str = "causal_lm", **section):
+                 objective: str = "causal_lm", metrics: dict | None = None, **section):
     """A run's log with what a fit reads of it, beside a point in the middle of the run."""
     folder.mkdir(parents=True)
     run = dict(kind="run", schema_version=1, run_id=f"{n}", config=dict(objective=dict(name=objective, **section)),
                objective=objective, dataset="text", seed=seed, n_params=n, n_params_nonembedding=n / 2, batch_size=8,
                total_steps=100)
     points = [dict(kind="point", step=s, tokens_seen=s * 1e6, flops_model=s * 7e6 * n, epochs=4.0, phase=p,
-                   split="eval", metrics={"heldout/loss": m, "knn/accuracy": 0.5, "heldout/loss@random_init": 9.0})
+                   split="eval", metrics={"heldout/loss": m, "knn/accuracy": 0.5, "heldout/loss@random_init": 9.0}
+                   | (metrics or {}))
               for s, p, m in ((50, "decay", metric + 1), (step, phase, metric))]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (run, *points)))
 
@@ -145,6 +146,16 @@ def test_runs_that_do_not_belong(tmp_path, other, said):
     log_of_a_run(tmp_path / "c", 4e6, **other)
     with pytest.raises(UserError, match=said):
         from_runs([tmp_path], "heldout/loss", "n_params")
+
+
+@pytest.mark.parametrize("gains, warned", [
+    ((0.0, 0.01, -0.02), False), ((0.2, 0.3, 0.1), False), ((0.0, 0.01, 0.3), True), ((None, None, 0.3), False)])
+def test_runs_on_both_sides_of_copying(tmp_path, gains, warned):
+    for i, gain in enumerate(gains):
+        log_of_a_run(tmp_path / str(i), 1e6 * 2 ** i, metrics={"copying/gain": gain})
+    warnings = from_runs([tmp_path], "heldout/loss", "n_params").warnings
+    assert [w for w in warnings if "1 of 3 runs copy from their context" in w and "/2)" in w] == list(warnings)
+    assert bool(warnings) == warned
 
 
 def test_runs_without_the_metric(tmp_path):
