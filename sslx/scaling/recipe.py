@@ -38,7 +38,7 @@ def recipe(study: Study, given: set[str], n: float, budget: float, count: str, r
     Fields that flags have set (`given`) stay; else learning rate and batch of text are Step Law's, as in a sweep.
     Raises UserError for a network without width, depth and heads, and a budget of too few steps.
     """
-    shape = size(study, n, count)
+    shape = size(study, given, n, count)
     rows, text = study.data.batch_size, study.source.info.modality == "text"
     first = study.cost(shape, rows)
     d = budget / first.flops * first.tokens
@@ -55,12 +55,16 @@ def recipe(study: Study, given: set[str], n: float, budget: float, count: str, r
     return Recipe(changes, cost, cost.n_params if count == "n_params" else cost.n, steps)
 
 
-def size(study: Study, n: float, count: str) -> Changes:
-    """Width, depth and heads nearest to `n` parameters and to the config's width : depth; a head keeps its width."""
+def size(study: Study, given: set[str], n: float, count: str) -> Changes:
+    """Width, depth and heads nearest to `n` parameters and to the config's width : depth; a head keeps its width.
+
+    With a width or depth that is `given` the other makes the size.
+    """
     model = study.sections["model"]
     if missing := [name for name in ("width", "depth", "heads") if not model.get(name)]:
         raise UserError(f"config.model has no {missing[0]}: a plan shapes networks of width, depth and heads. Leave"
                         " --config out, and choose the fields of this network for the size that the plan names")
+    wide, deep = "model.width" in given, "model.depth" in given
     proportion, head = model["width"] / model["depth"], model["width"] // model["heads"]
     step = math.lcm(model["heads"] // model["kv_heads"] if model.get("kv_heads") else 1,
                     max(1, study.conf.mesh.get("tensor", 1)))  # heads go by groups of queries, and over devices
@@ -69,21 +73,22 @@ def size(study: Study, n: float, count: str) -> Changes:
         return grid.of_shape(f"{heads * head}x{depth}x{heads}", model)
 
     def depth_of(heads: int) -> int:
-        return max(1, round(heads * head / proportion))
+        return model["depth"] if deep else max(1, round(heads * head / proportion))
 
     @functools.cache
     def params(heads: int, depth: int) -> int:
         return COUNTS[count](study.step(shape(heads, depth), study.data.batch_size).current.params)
 
-    most = smallest(lambda i: params(i * step, depth_of(i * step)) >= n) * step
+    most = model["heads"] if wide else smallest(lambda i: params(i * step, depth_of(i * step)) >= n) * step
     tried: list[tuple[float, int, int]] = []
-    for heads in (most, most - step):
+    for heads in (most,) if wide else (most, most - step):
         if heads:
             depth = depth_of(heads)
-            layer = params(heads, depth + 1) - params(heads, depth)
-            depth = max(1, depth + round((n - params(heads, depth)) / layer))
-            off = abs(math.log(params(heads, depth) / n)) + abs(math.log(heads * head / depth / proportion))
-            tried.append((off, heads, depth))
+            if not deep:
+                layer = params(heads, depth + 1) - params(heads, depth)
+                depth = max(1, depth + round((n - params(heads, depth)) / layer))
+            stretched = 0.0 if wide or deep else abs(math.log(heads * head / depth / proportion))
+            tried.append((abs(math.log(params(heads, depth) / n)) + stretched, heads, depth))
     _, heads, depth = min(tried)
     return shape(heads, depth)
 

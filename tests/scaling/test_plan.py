@@ -168,6 +168,13 @@ def test_the_command_line_of_the_run_spends_the_budget(tmp_path, count):
     assert found["run"]["loss"] == pytest.approx(float(law().loss(n, found["run"]["d"])[0]))
 
 
+@pytest.mark.parametrize("field, value", [("depth", 8), ("width", 2048)])
+def test_a_width_or_depth_that_a_flag_sets_stays(tmp_path, field, value):
+    found = planned(tmp_path, "--budget", "3e19", "--config", CAUSAL, f"--config.model.{field}={value}")
+    assert f"--config.model.{field}={value}" in shlex.split(found["run"]["command"])
+    assert found["run"]["n"] == pytest.approx(found["optimum"]["n"], rel=0.2)  # heads come in groups of four
+
+
 def test_whether_it_fits_a_pod_and_how_long_it_takes(tmp_path):
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install 'sslx[tpu]'")
     found = planned(tmp_path, "--budget", "3e11", "--config", f"{CAUSAL}:debug", "--topology", "v5e:2x2",
