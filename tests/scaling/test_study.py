@@ -92,13 +92,15 @@ def test_nothing_to_cut(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, argument", [
-    ("masked_images", ()), *(("objectives_images", (o,)) for o in ("mae", "simclr", "dino")),
+    ("masked_images", ()), ("prose_shallow", ()),
+    *(("objectives_images", (o,)) for o in ("mae", "simclr", "dino")),
     *(("objectives_text", (o,)) for o in ("causal_lm", "masked_lm", "span_corruption"))])
 def test_configs_of_studies(name, argument):
     """Every section is read; with rows of the same shape, which are always here."""
     conf = config_module(ROOT / "studies" / name / "config.py").get_config(*argument)
     conf.evals = {}
-    rows = (dict(modality="text", length=128, vocab_size=4096) if "text" in name else
+    model = conf.model
+    rows = (dict(modality="text", length=128, vocab_size=model.vocab_size) if "vocab_size" in model else
             dict(modality="image", size=28, channels=1))
     conf.data.train = dict(name="synthetic", n=64, **rows)
     assert experiment.build(conf, jax.devices()[:1]).run.steps == conf.optim.steps
