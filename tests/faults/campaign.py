@@ -27,6 +27,7 @@ from sslx.checkpoint import UNSEALED, unsealed
 
 MOMENTS = ("start-up", "step", "save", "seal")  # seal: of a checkpoint all is there but its manifest
 VICTIMS = {"coordinator": (0,), "worker": (1,), "both": (0, 1)}
+FEW = len(MOMENTS) * len(VICTIMS)  # kills of the campaign in small
 SAVE_EVERY = 8
 SAVE_S = 0.4     # about as long as a save takes
 # Steps of a tenth of a second, without which it would save all the time.

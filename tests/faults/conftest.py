@@ -9,7 +9,7 @@ def untouched(cache, tmp_path_factory):
 
     def run(source: str) -> campaign.Whole:
         if source not in done:
-            done[source] = campaign.whole(cache, tmp_path_factory.mktemp(source), source, kills=20)
+            done[source] = campaign.whole(cache, tmp_path_factory.mktemp(source), source, kills=campaign.FEW)
         return done[source]
 
     return run

@@ -6,26 +6,29 @@ import command
 import pytest
 import runs
 
-STEPS = 80
-CHAIN = ((2, 1, 0), (1, 2, 1), (1, 1, 2), (4, 1, 0), (2, 2, 1))  # processes, devices of each, data.workers of each
+# Links of (processes, devices of each, data.workers of each); the quick one has fewer.
+CHAIN = ((2, 1, 0), (1, 2, 1), (1, 1, 2), (4, 1, 0), (2, 2, 1))
+QUICK = ((2, 1, 1), (1, 2, 2), (4, 1, 0))
+STEPS = 16  # of a link
 FSDP = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
 
 
-@pytest.mark.parametrize(("source", "mesh"), [
-    ("mixture", ()),
-    *(pytest.param(source, mesh, marks=pytest.mark.slow)
-      for source, mesh in (("text", ()), ("text", FSDP), ("mixture", FSDP), ("packed", ()), ("packed", FSDP))),
+@pytest.mark.parametrize(("source", "mesh", "chain"), [
+    ("mixture", (), QUICK),
+    *(pytest.param(source, mesh, CHAIN, marks=pytest.mark.slow)
+      for source in runs.SOURCES for mesh in ((), FSDP)),
 ])
-def test_chain(source, mesh, cache, tmp_path):
+def test_chain(source, mesh, chain, cache, tmp_path):
     """Each link takes ten steps or more and is then told to stop; the unbroken run is one process with one device."""
-    line = ("--config", runs.config(tmp_path, source), *runs.with_steps(STEPS, STEPS))
+    steps = STEPS * len(chain)
+    line = ("--config", runs.config(tmp_path, source), *runs.with_steps(steps, steps))
     status, _, err = command.run(cache, *line, "--workdir", tmp_path / "whole", quick=True)
     assert status == 0, err
     workdir, begins = tmp_path / "w", [0]
-    for n, devices, workers in CHAIN:
+    for n, devices, workers in chain:
         processes = command.start_all(cache, n, *line, *mesh, f"--config.data.workers={workers}", "--workdir", workdir,
                                       devices=devices)
-        last = len(begins) == len(CHAIN)
+        last = len(begins) == len(chain)
         if not last:
             until = begins[-1] + 10
             command.wait(processes[0], lambda until=until: runs.newest_step(workdir) >= until)
@@ -34,11 +37,11 @@ def test_chain(source, mesh, cache, tmp_path):
         assert [status for status, _, _ in ended] == [0 if last else 130] * n, ended
         begins.append(runs.newest_checkpoint(workdir))
     assert all(end - begin >= 10 for begin, end in zip(begins, begins[1:], strict=False)), begins
-    assert begins[-1] == STEPS
+    assert begins[-1] == steps
 
     read = runs.examples(workdir)
     assert read == runs.examples(tmp_path / "whole")
-    assert len(read) == STEPS and all(sorted(rows) == list(range(8)) for rows in read.values())
+    assert len(read) == steps and all(sorted(rows) == list(range(8)) for rows in read.values())
     found, expected = runs.points(workdir), runs.points(tmp_path / "whole")
     assert found.keys() == expected.keys()
     apart = {}
