@@ -12,29 +12,31 @@ from collections.abc import Callable, Iterable, Mapping
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
-# Quick rather than fast programs, where nearly all of the time is compilation.
+# Quick rather than fast programs, where nearly all of the time is compilation. --xla_cpu_use_fusion_emitters=false
+# would take a third of it away, but compiles image views wrongly (JAX 0.10.2).
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def start(cache: pathlib.Path, *flags: object, devices: int = 1, quick: bool = False, file_bytes: int | None = None,
-          variables: Mapping[str, str] | None = None) -> subprocess.Popen:
-    """Starts the command on `devices` simulated devices, compiled programs being kept in `cache`.
+def environment(devices: int = 1, **variables: str) -> dict[str, str]:
+    """Variables of a process on `devices` simulated devices; compiled programs are shared (conftest.py)."""
+    flags = f"--xla_force_host_platform_device_count={devices} {QUICK}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | variables
 
-    quick:      compiled so, as the processes of `start_all` are: runs that must be identical have it in common.
+
+def start(*flags: object, devices: int = 1, file_bytes: int | None = None,
+          variables: Mapping[str, str] | None = None) -> subprocess.Popen:
+    """Starts the command on `devices` simulated devices.
+
     file_bytes: no file may grow beyond it, which to the writer looks like a full disk.
     """
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK if quick else ''}",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-    } | dict(variables or {})
 
     def limit():
         if file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
 
-    return subprocess.Popen([sys.executable, "-m", "sslx.main", *map(str, flags)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=limit)
+    return subprocess.Popen([sys.executable, "-m", "sslx.main", *map(str, flags)], cwd=ROOT, text=True,
+                            env=environment(devices, **(variables or {})), preexec_fn=limit,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def free_port() -> int:
@@ -43,11 +45,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start_all(cache: pathlib.Path, n: int, *flags: object, devices: int = 2) -> list[subprocess.Popen]:
+def start_all(n: int, *flags: object, devices: int = 2) -> list[subprocess.Popen]:
     """Starts the `n` processes of one run, with `devices` simulated devices each."""
     port = free_port()
-    return [start(cache, *flags, f"--coordinator=127.0.0.1:{port}", f"--processes={n}", f"--process={i}",
-                  devices=devices, quick=True) for i in range(n)]
+    return [start(*flags, f"--coordinator=127.0.0.1:{port}", f"--processes={n}", f"--process={i}",
+                  devices=devices) for i in range(n)]
 
 
 def end_all(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
@@ -65,8 +67,8 @@ def end(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def run(cache: pathlib.Path, *flags: object, **options) -> tuple[int, str, str]:
-    return end(start(cache, *flags, **options))
+def run(*flags: object, **options) -> tuple[int, str, str]:
+    return end(start(*flags, **options))
 
 
 def wait(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
@@ -89,9 +91,9 @@ def get_config():
     return path
 
 
-def kill(cache: pathlib.Path, line: Iterable[object], workdir: pathlib.Path, condition: Callable[[], bool]) -> None:
+def kill(line: Iterable[object], workdir: pathlib.Path, condition: Callable[[], bool]) -> None:
     """Starts a run and sends it SIGKILL as soon as `condition` holds."""
-    process = start(cache, *line, "--workdir", workdir)
+    process = start(*line, "--workdir", workdir)
     wait(process, condition)
     process.kill()
     assert end(process)[0] == -signal.SIGKILL

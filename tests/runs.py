@@ -17,6 +17,13 @@ from sslx.workdir import LOCK
 
 SOURCES = ("text", "mixture", "packed")
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "no", "dog", "ran", "far", "away")
+# An edit: steps of a tenth of a second, so that a test can do something between two of them.
+UNHURRIED = """
+    import time
+    from sslx import log
+    point = log.Logger.point
+    log.Logger.point = lambda *logger, **record: (time.sleep(0.1), point(*logger, **record))[1]
+""".strip()
 
 
 def config(folder: pathlib.Path, source: str = "text", edit: str = "pass") -> pathlib.Path:

@@ -20,14 +20,14 @@ def steps(n: int) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def study(cache, tmp_path_factory):
+def study(tmp_path_factory):
     """(command line, trunk of LONG steps that keeps step AT, unbroken run of SHORT steps)."""
     folder = tmp_path_factory.mktemp("study")
     config = runs.config(folder, edit='config.optim.update(schedule="wsd", warmup=2, decay=3)')
     line = ["--config", config, *EVERY]
     trunk, unbroken = folder / "trunk", folder / "unbroken"
     for workdir, flags in {trunk: (*steps(LONG), f"--config.run.keep_at=({AT},)"), unbroken: steps(SHORT)}.items():
-        status, _, err = command.run(cache, *line, *flags, "--workdir", workdir)
+        status, _, err = command.run(*line, *flags, "--workdir", workdir)
         assert status == 0, err
     assert sorted(p.name for p in (trunk / "checkpoints").glob("[0-9]*")) == ["20", "8"]
     return line, trunk, unbroken
@@ -37,14 +37,14 @@ def of(trunk, at: int = AT) -> tuple[str, ...]:
     return *steps(SHORT), f"--config.run.trunk={trunk}", f"--config.run.trunk_step={at}"
 
 
-def test_a_branch_ends_as_one_unbroken_run(cache, study, tmp_path):
+def test_a_branch_ends_as_one_unbroken_run(study, tmp_path):
     """Parameters, optimizer, counters and every point of the log, which begins with the trunk's; killed on the way."""
     line, trunk, unbroken = study
     before = {p: p.read_bytes() for p in trunk.rglob("*") if p.is_file()}
     branch = tmp_path / "branch"
-    command.kill(cache, [*line, *of(trunk)], branch, lambda: newest_checkpoint(branch) == 9)
+    command.kill([*line, *of(trunk)], branch, lambda: newest_checkpoint(branch) == 9)
     assert "branched" in [e["event"] for e in log.events(branch)]
-    status, out, err = command.run(cache, *line, *of(trunk), "--workdir", branch)
+    status, out, err = command.run(*line, *of(trunk), "--workdir", branch)
     assert status == 0 and "resumed at step" in out, err
     assert_identical(branch, unbroken)
     assert points(branch)[SHORT, "eval"]["phase"] == "annealed"
@@ -53,13 +53,13 @@ def test_a_branch_ends_as_one_unbroken_run(cache, study, tmp_path):
     assert spent[0]["step"] > spent[1]["step"] and spent[0]["eval"] > spent[1]["eval"]
     assert {p: p.read_bytes() for p in trunk.rglob("*") if p.is_file()} == before
     shutil.copytree(branch, tmp_path / "moved")  # finished, it needs no trunk
-    status, out, err = command.run(cache, *line, *of("gone"), "--workdir", tmp_path / "moved")
+    status, out, err = command.run(*line, *of("gone"), "--workdir", tmp_path / "moved")
     assert status == 0 and "this run is finished" in out, err
 
 
-def test_a_run_of_another_config_is_refused_before_anything_is_written(cache, study, tmp_path):
+def test_a_run_of_another_config_is_refused_before_anything_is_written(study, tmp_path):
     line, trunk, _ = study
-    status, _, err = command.run(cache, *line, *of(trunk), "--config.optim.learning_rate=1e-3", "--workdir",
+    status, _, err = command.run(*line, *of(trunk), "--config.optim.learning_rate=1e-3", "--workdir",
                                  tmp_path / "branch")
     assert status == 2 and "optim.learning_rate was 0.003, now 0.001" in err and "Traceback" not in err
     assert not (tmp_path / "branch").exists()

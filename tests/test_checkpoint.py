@@ -39,10 +39,10 @@ DAMAGES = (delete, truncate, extend, flip_a_bit)
 
 
 @pytest.fixture(scope="module")
-def finished(cache, tmp_path_factory):
+def finished(tmp_path_factory):
     """The workdir of a run that came to its end; not to be changed."""
     workdir = tmp_path_factory.mktemp("run") / "w"
-    status, _, err = command.run(cache, *LINE, "--workdir", workdir)
+    status, _, err = command.run(*LINE, "--workdir", workdir)
     assert status == 0, err
     return workdir
 
@@ -111,13 +111,13 @@ def test_no_bit_of_a_manifest_can_flip_unseen(workdir):
 
 @pytest.mark.parametrize(("which", "damage"), [("array", flip_a_bit), ("default/_METADATA", delete),
                                                ("_CHECKPOINT_METADATA", flip_a_bit), (manifest.NAME, truncate)])
-def test_a_run_goes_on_from_the_newest_sound_step(which, damage, cache, finished, workdir, capsys):
+def test_a_run_goes_on_from_the_newest_sound_step(which, damage, finished, workdir, capsys):
     """It names the file, keeps the damaged step aside, and ends in the same log and, to the bit, the same state."""
     folder = workdir / "checkpoints" / "24"
     name = array_file(folder) if which == "array" else which
     damage(folder / name)
     before = files(folder)
-    status, out, err = command.run(cache, *LINE, "--workdir", workdir)
+    status, out, err = command.run(*LINE, "--workdir", workdir)
     assert status == 0, err
     assert f"the checkpoint of step 24 is damaged and is not used: {name}: " in out and "resumed at step 16" in out
     assert files(workdir / "damaged" / "24") == before and str(workdir / "damaged" / "24") in out
@@ -125,12 +125,12 @@ def test_a_run_goes_on_from_the_newest_sound_step(which, damage, cache, finished
     assert_identical(workdir, finished)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_stops(cache, workdir):
+def test_a_run_whose_checkpoints_are_all_damaged_stops(workdir):
     folder = workdir / "checkpoints"
     flip_a_bit(folder / "16" / array_file(folder / "16"))
     delete(folder / "24" / "default/_METADATA")
     before = files(workdir)
-    status, _, err = command.run(cache, *LINE, "--workdir", workdir)
+    status, _, err = command.run(*LINE, "--workdir", workdir)
     assert status == 2 and "Traceback" not in err
     assert "step 24 (default/_METADATA: " in err and f"step 16 ({array_file(folder / '16')}: " in err
     assert files(workdir) == before
@@ -203,13 +203,13 @@ def test_command_line_that_cannot_be_read(arguments, words, capsys):
     assert err.startswith("\nerror: ") and all(word in err for word in words), err
 
 
-def test_two_processes_have_one_manifest(cache, tmp_path, capsys):
+def test_two_processes_have_one_manifest(tmp_path, capsys):
     """Process 0 writes it when the files of both are there, and both go on from the step that it finds sound."""
     flags = (*LINE, "--config.run.steps=2", "--config.optim.steps=2", "--config.optim.warmup=1",
              "--config.run.save_every=1", "--workdir", tmp_path)
 
     def run() -> list[str]:
-        ended = [command.end(process) for process in command.start_all(cache, 2, *flags, devices=1)]
+        ended = [command.end(process) for process in command.start_all(2, *flags, devices=1)]
         assert [status for status, _, _ in ended] == [0, 0], ended
         return [out for _, out, _ in ended]
 

@@ -41,38 +41,38 @@ def assert_close(one, other, tolerance):
         np.testing.assert_allclose(x, others[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-def killed_and_resumed(cache, line, workdir, n):
+def killed_and_resumed(line, workdir, n):
     """Kills the last process after the first checkpoint; the others end; the same command ends the run."""
-    processes = command.start_all(cache, n, *line, "--workdir", workdir)
+    processes = command.start_all(n, *line, "--workdir", workdir)
     command.wait(processes[0], lambda: newest_checkpoint(workdir) and newest_step(workdir) >= 5)
     processes[-1].send_signal(signal.SIGKILL)
     statuses = [status for status, _, _ in command.end_all(processes)]
     assert statuses[-1] == -signal.SIGKILL and not {0, 2, 3, 130} & set(statuses[:-1])  # a launcher starts it again
-    for status, out, err in command.end_all(command.start_all(cache, n, *line, "--workdir", workdir)):
+    for status, out, err in command.end_all(command.start_all(n, *line, "--workdir", workdir)):
         assert status == 0, err
         assert ("resumed at step" in out) == ("finished after" in out)  # both from process 0 alone
 
 
 @pytest.fixture(scope="module")
-def resumed(cache, tmp_path_factory):
+def resumed(tmp_path_factory):
     """(command line, workdir) of the quickstart by two processes with two devices each, one of them killed."""
     folder = tmp_path_factory.mktemp("two")
     line = ["--config", config(folder, "quickstart"), *SHORT]
-    killed_and_resumed(cache, line, folder / "w", 2)
+    killed_and_resumed(line, folder / "w", 2)
     return line, folder / "w"
 
 
-def test_two_processes_end_like_one(cache, resumed, tmp_path):
+def test_two_processes_end_like_one(resumed, tmp_path):
     line, workdir = resumed
-    status, _, err = command.run(cache, *line, "--workdir", tmp_path, devices=4, quick=True)
+    status, _, err = command.run(*line, "--workdir", tmp_path, devices=4)
     assert status == 0, err
     assert_close(workdir, tmp_path, 1e-5)
 
 
-def test_process_that_fails_ends_the_others_with_its_status(cache, resumed):
+def test_process_that_fails_ends_the_others_with_its_status(resumed):
     line, workdir = resumed
     port = command.free_port()
-    processes = [command.start(cache, *line, "--workdir", workdir, f"--coordinator=127.0.0.1:{port}", "--processes=2",
+    processes = [command.start(*line, "--workdir", workdir, f"--coordinator=127.0.0.1:{port}", "--processes=2",
                                f"--process={i}", f"--config.optim.clip={i + 1.0}", devices=2) for i in range(2)]
     (status, _, err), (other_status, _, other_err) = command.end_all(processes)
     assert (status, other_status) == (2, 2)
@@ -85,20 +85,20 @@ def test_process_that_fails_ends_the_others_with_its_status(cache, resumed):
     ("quickstart", 4, 1e-5),
     ("dino_fashion_mnist", 2, 1e-4),  # Adam divides the differences of tiny gradients by their size
 ])
-def test_processes_end_like_one(name, n, tolerance, cache, tmp_path):
+def test_processes_end_like_one(name, n, tolerance, tmp_path):
     line = ["--config", config(tmp_path, name), *SHORT]
-    killed_and_resumed(cache, line, tmp_path / "several", n)
-    assert command.run(cache, *line, "--workdir", tmp_path / "one", devices=2 * n, quick=True)[0] == 0
+    killed_and_resumed(line, tmp_path / "several", n)
+    assert command.run(*line, "--workdir", tmp_path / "one", devices=2 * n)[0] == 0
     assert_close(tmp_path / "several", tmp_path / "one", tolerance)
 
 
 @pytest.mark.slow
-def test_two_devices_are_identical_in_one_process_and_in_two(cache, tmp_path):
+def test_two_devices_are_identical_in_one_process_and_in_two(tmp_path):
     """A sum of two does not depend on who adds; one of more does, hence the tolerances above."""
     line = ["--config", config(tmp_path, "quickstart"), *SHORT]
-    ended = command.end_all(command.start_all(cache, 2, *line, "--workdir", tmp_path / "two", devices=1))
+    ended = command.end_all(command.start_all(2, *line, "--workdir", tmp_path / "two", devices=1))
     assert [status for status, _, _ in ended] == [0, 0], ended
-    assert command.run(cache, *line, "--workdir", tmp_path / "one", devices=2, quick=True)[0] == 0
+    assert command.run(*line, "--workdir", tmp_path / "one", devices=2)[0] == 0
     assert_identical(tmp_path / "two", tmp_path / "one")
 
 

@@ -22,7 +22,7 @@ CONFIGS = [pytest.param(p.stem, marks=() if p.stem in AMONG_THE_QUICK else pytes
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(cache, tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """(command line, workdir) of a config that ran from start to end, once for all tests."""
     done = {}
 
@@ -31,7 +31,7 @@ def uninterrupted(cache, tmp_path_factory):
             line, workdir = ["--config", command.CONFIGS / f"{name}.py:debug", *FLAGS], tmp_path_factory.mktemp(name)
             if name == "quickstart":
                 line.append("--config.model.dtype=float32")
-            status, _, err = command.run(cache, *line, "--workdir", workdir)
+            status, _, err = command.run(*line, "--workdir", workdir)
             assert status == 0, err
             done[name] = line, workdir
         return done[name]
@@ -40,37 +40,37 @@ def uninterrupted(cache, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_killed_run_ends_identically(name, cache, uninterrupted, tmp_path):
+def test_killed_run_ends_identically(name, uninterrupted, tmp_path):
     """kill -9 at a random step after the first checkpoint; then again the same command; then once more."""
     line, whole = uninterrupted(name)
     step = random.Random(name).randrange(6, STEPS - 4)
-    command.kill(cache, line, tmp_path, lambda: newest_checkpoint(tmp_path) and newest_step(tmp_path) >= step)
-    status, out, err = command.run(cache, *line, "--workdir", tmp_path)
+    command.kill(line, tmp_path, lambda: newest_checkpoint(tmp_path) and newest_step(tmp_path) >= step)
+    status, out, err = command.run(*line, "--workdir", tmp_path)
     assert status == 0 and "resumed at step" in out, err
     assert_identical(tmp_path, whole)
 
     content = (tmp_path / "metrics.jsonl").read_text()
-    status, out, _ = command.run(cache, *line, "--workdir", tmp_path)
+    status, out, _ = command.run(*line, "--workdir", tmp_path)
     assert status == 0 and f"this run is finished: step {STEPS}" in out
     assert "loss" not in out.split("this run is finished")[1].partition("metric ")[0]  # not one step of training
     assert (tmp_path / "metrics.jsonl").read_text() == content
 
 
-def test_a_checkpoint_means_that_the_log_is_complete_up_to_it(cache, uninterrupted, tmp_path):
+def test_a_checkpoint_means_that_the_log_is_complete_up_to_it(uninterrupted, tmp_path):
     """kill -9 when the last checkpoint has just been saved: the last evaluation must not be lost."""
     line, whole = uninterrupted("quickstart")
-    process = command.start(cache, *line, "--workdir", tmp_path)
+    process = command.start(*line, "--workdir", tmp_path)
     command.wait(process, lambda: newest_checkpoint(tmp_path) == STEPS)
     process.kill()
     command.end(process)
-    assert command.run(cache, *line, "--workdir", tmp_path)[0] == 0
+    assert command.run(*line, "--workdir", tmp_path)[0] == 0
     assert_identical(tmp_path, whole)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(cache, uninterrupted, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted, tmp_path):
     """One SIGINT: the state is saved where the run is, status 130; the same command then ends identically."""
     line, whole = uninterrupted("quickstart")
-    process = command.start(cache, *line, "--workdir", tmp_path)
+    process = command.start(*line, "--workdir", tmp_path)
     command.wait(process, lambda: newest_step(tmp_path) >= 2)
     process.send_signal(signal.SIGINT)
     status, out, err = command.end(process)
@@ -78,15 +78,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(cache, uninterrupted, tmp_path):
     stopped = newest_checkpoint(tmp_path)
     assert 2 <= stopped < STEPS
     assert f"stopped at step {stopped} of {STEPS}" in out and str(tmp_path) in out and "same command again" in out
-    assert command.run(cache, *line, "--workdir", tmp_path)[0] == 0
+    assert command.run(*line, "--workdir", tmp_path)[0] == 0
     assert_identical(tmp_path, whole)
 
 
-def test_resume_on_other_devices(cache, uninterrupted, tmp_path):
+def test_resume_on_other_devices(uninterrupted, tmp_path):
     """Killed on one device, resumed on four: the same losses to 1e-5, in float32, of the same examples."""
     line, whole = uninterrupted("quickstart")
-    command.kill(cache, line, tmp_path, lambda: newest_checkpoint(tmp_path))
-    status, out, err = command.run(cache, *line, "--workdir", tmp_path, devices=4)
+    command.kill(line, tmp_path, lambda: newest_checkpoint(tmp_path))
+    status, out, err = command.run(*line, "--workdir", tmp_path, devices=4)
     assert status == 0 and "'data': 4" in out, err
     found, expected = points(tmp_path), points(whole)
     assert found.keys() == expected.keys()

@@ -30,13 +30,6 @@ VICTIMS = {"coordinator": (0,), "worker": (1,), "both": (0, 1)}
 FEW = len(MOMENTS) * len(VICTIMS)  # kills of the campaign in small
 SAVE_EVERY = 8
 SAVE_S = 0.4     # about as long as a save takes
-# Steps of a tenth of a second, without which it would save all the time.
-UNHURRIED = """
-    import time
-    from sslx import log
-    point = log.Logger.point
-    log.Logger.point = lambda *logger, **record: (time.sleep(0.1), point(*logger, **record))[1]
-"""
 ENDED_S = 20.0   # in which the processes that are left must end by themselves
 LAUNCHER_S = 2.0  # after which those are ended that wait for one that never came
 RESTARTED = {1, -6, -9}  # the statuses that may be: a failure, JAX's abort, our kill; each is one to start again on
@@ -56,6 +49,7 @@ class Fallen(NamedTuple):
     moment: str
     victims: str
     survived_s: float
+    start_up_s: float  # the shortest time until a first step so far
 
 
 def plan(kills: int, seed: int) -> list[Kill]:
@@ -74,11 +68,11 @@ class Whole(NamedTuple):
     start_up_s: float         # until its first step
 
 
-def whole(cache: pathlib.Path, folder: pathlib.Path, source: str, kills: int) -> Whole:
+def whole(folder: pathlib.Path, source: str, kills: int) -> Whole:
     """Runs two processes on `source` in folder/whole, long enough for so many kills."""
     steps, workdir = 6 * kills, folder / "whole"
-    line = ("--config", runs.config(folder, source, UNHURRIED.strip()), *runs.with_steps(steps, SAVE_EVERY))
-    return Whole(line, steps, workdir, to_the_end(cache, line, workdir))
+    line = ("--config", runs.config(folder, source, runs.UNHURRIED), *runs.with_steps(steps, SAVE_EVERY))
+    return Whole(line, steps, workdir, to_the_end(line, workdir))
 
 
 def begun(workdir: pathlib.Path) -> int:
@@ -93,10 +87,10 @@ def sealing(workdir: pathlib.Path) -> bool:
     return (folder / str(unsealed(folder))).exists()
 
 
-def to_the_end(cache: pathlib.Path, line: tuple, workdir: pathlib.Path) -> float:
+def to_the_end(line: tuple, workdir: pathlib.Path) -> float:
     """Lets a run end; returns the seconds until its first step."""
     started, before = time.monotonic(), begun(workdir)
-    processes = command.start_all(cache, 2, *line, "--workdir", workdir, devices=1)
+    processes = command.start_all(2, *line, "--workdir", workdir, devices=1)
     command.wait(processes[0], lambda: begun(workdir) > before)
     start_up_s = time.monotonic() - started
     for status, _, err in command.end_all(processes):
@@ -104,10 +98,10 @@ def to_the_end(cache: pathlib.Path, line: tuple, workdir: pathlib.Path) -> float
     return start_up_s
 
 
-def killed(cache: pathlib.Path, line: tuple, workdir: pathlib.Path, kill: Kill, start_up_s: float) -> Fallen:
+def killed(line: tuple, workdir: pathlib.Path, kill: Kill, start_up_s: float) -> Fallen:
     """Starts the run, waits for the moment of `kill`, kills, and returns when all processes have ended."""
     before, mark = begun(workdir), workdir / "checkpoints" / UNSEALED
-    processes = command.start_all(cache, 2, *line, "--workdir", workdir, devices=1)
+    processes = command.start_all(2, *line, "--workdir", workdir, devices=1)
     started = time.monotonic()
 
     def steps() -> int:
@@ -116,6 +110,8 @@ def killed(cache: pathlib.Path, line: tuple, workdir: pathlib.Path, kill: Kill, 
     if kill.moment == "start-up":
         command.wait(processes[0], lambda: steps() or time.monotonic() - started > kill.part * start_up_s)
     else:
+        command.wait(processes[0], lambda: steps() > 0)
+        start_up_s = min(start_up_s, time.monotonic() - started)
         command.wait(processes[0], lambda: steps() > 2 * SAVE_EVERY * kill.part)
     if kill.moment == "step":
         command.wait(processes[0], lambda: not mark.exists())
@@ -138,18 +134,19 @@ def killed(cache: pathlib.Path, line: tuple, workdir: pathlib.Path, kill: Kill, 
     survived_s = time.monotonic() - at
     for status, out, err in command.end_all(processes):
         assert status in RESTARTED, (kill, status, out, err)
-    return Fallen(moment, kill.victims, survived_s)
+    return Fallen(moment, kill.victims, survived_s, start_up_s)
 
 
-def campaign(cache: pathlib.Path, expected: Whole, workdir: pathlib.Path, kills: int, seed: int) -> list[Fallen]:
+def campaign(expected: Whole, workdir: pathlib.Path, kills: int, seed: int) -> list[Fallen]:
     """Kills the run of `expected` `kills` times, lets it end, and compares. Returns where the kills fell."""
-    fallen = []
+    fallen, start_up_s = [], expected.start_up_s
     for kill in plan(kills, seed):
         if runs.newest_checkpoint(workdir) > expected.steps - 4 * SAVE_EVERY:  # it must not end before the last kill
             kill = kill._replace(moment="start-up")
-        fallen.append(killed(cache, expected.line, workdir, kill, expected.start_up_s))
-        print(*fallen[-1], f"newest checkpoint {runs.newest_checkpoint(workdir)}", sep="\t", flush=True)
-    to_the_end(cache, expected.line, workdir)
+        fallen.append(killed(expected.line, workdir, kill, start_up_s))
+        start_up_s = fallen[-1].start_up_s  # the first run compiled
+        print(*fallen[-1][:3], f"newest checkpoint {runs.newest_checkpoint(workdir)}", sep="\t", flush=True)
+    to_the_end(expected.line, workdir)
     assert_same_end(workdir, expected)
     return fallen
 
@@ -173,8 +170,8 @@ def main() -> None:
     given = parser.parse_args()
     folder, began = given.folder or pathlib.Path(tempfile.mkdtemp()), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    expected = whole(folder / "cache", folder, given.source, given.kills)
-    fallen = campaign(folder / "cache", expected, folder / "killed", given.kills, given.seed)
+    expected = whole(folder, given.source, given.kills)
+    fallen = campaign(expected, folder / "killed", given.kills, given.seed)
     for (moment, victims), n in sorted(collections.Counter((f.moment, f.victims) for f in fallen).items()):
         print(f"{n:>4} kills of {victims} during {moment}")
     slowest = max((f.survived_s for f in fallen if f.moment != "start-up" and f.victims != "both"), default=0.0)

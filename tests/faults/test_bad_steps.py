@@ -43,20 +43,20 @@ def poisoned(folder, kind, steps=(BAD,)):
 
 
 @pytest.fixture(scope="module")
-def sound(cache, tmp_path_factory):
+def sound(tmp_path_factory):
     """The workdir of a run in which nothing goes wrong."""
     workdir = tmp_path_factory.mktemp("sound") / "w"
     config = command.CONFIGS / "quickstart.py:debug"
-    status, _, err = command.run(cache, "--config", config, *FLAGS, "--workdir", workdir)
+    status, _, err = command.run("--config", config, *FLAGS, "--workdir", workdir)
     assert status == 0, err
     return workdir
 
 
 @pytest.mark.parametrize("kind", FACTORS)
 @pytest.mark.parametrize("action", ["skip", "rollback"])
-def test_the_run_ends_finite_without_the_bad_step(kind, action, cache, sound, tmp_path):
+def test_the_run_ends_finite_without_the_bad_step(kind, action, sound, tmp_path):
     flags = (*FLAGS, f"--config.run.on_bad_step={action}", "--config.run.spike=6.0", "--workdir", tmp_path / "w")
-    status, out, err = command.run(cache, "--config", poisoned(tmp_path, kind), *flags)
+    status, out, err = command.run("--config", poisoned(tmp_path, kind), *flags)
     assert status == 0, err
     for name, x in saved_state(tmp_path / "w").items():
         assert "recent" in name or np.isfinite(x).all(), name
@@ -83,12 +83,12 @@ def test_the_run_ends_finite_without_the_bad_step(kind, action, cache, sound, tm
         assert (last["examples"], last["tokens_seen"]) == (len(used) * batch, len(used) * tokens)
 
 
-def test_a_run_that_rolled_back_is_killed_and_ends_identically(cache, tmp_path):
+def test_a_run_that_rolled_back_is_killed_and_ends_identically(tmp_path):
     """What is passed over survives the process that found it out."""
     line = ["--config", poisoned(tmp_path, "nan", (12,)), *FLAGS, "--config.run.on_bad_step=rollback"]
-    assert command.run(cache, *line, "--workdir", tmp_path / "whole")[0] == 0
-    command.kill(cache, line, tmp_path / "killed", lambda: newest_step(tmp_path / "killed") >= 14)
-    status, out, _ = command.run(cache, *line, "--workdir", tmp_path / "killed")
+    assert command.run(*line, "--workdir", tmp_path / "whole")[0] == 0
+    command.kill(line, tmp_path / "killed", lambda: newest_step(tmp_path / "killed") >= 14)
+    status, out, _ = command.run(*line, "--workdir", tmp_path / "killed")
     assert status == 0 and "rolled back" not in out.split("resumed at step")[1]
     assert_identical(tmp_path / "killed", tmp_path / "whole")
 
@@ -98,9 +98,9 @@ def test_a_run_that_rolled_back_is_killed_and_ends_identically(cache, tmp_path):
     ("skip", (5, 7, 10), ("the loss of step 10 is not finite", "More than run.max_bad_steps")),
     ("rollback", (5, 7, 10), ("the loss of step 10 is not finite", "More than run.max_bad_steps")),
 ])
-def test_a_run_that_cannot_go_on_says_why(action, steps, words, cache, tmp_path):
+def test_a_run_that_cannot_go_on_says_why(action, steps, words, tmp_path):
     flags = (*FLAGS, f"--config.run.on_bad_step={action}", "--config.run.max_bad_steps=2", "--workdir", tmp_path / "w")
-    status, _, err = command.run(cache, "--config", poisoned(tmp_path, "nan", steps), *flags)
+    status, _, err = command.run("--config", poisoned(tmp_path, "nan", steps), *flags)
     assert status == 3 and "Traceback" not in err
     assert all(word in err for word in words), err
 
@@ -131,22 +131,22 @@ FLICKERING = """
 
 
 @pytest.mark.parametrize("every", [1, 100])
-def test_a_step_computed_twice_finds_a_device_that_computes_wrong(every, cache, tmp_path):
+def test_a_step_computed_twice_finds_a_device_that_computes_wrong(every, tmp_path):
     """The 7th product on this device is wrong by a thousandth: found if each step is computed twice, else not."""
     config = command.variant(tmp_path, "quickstart", FLICKERING.strip())
-    status, _, err = command.run(cache, "--config", config, f"--config.run.recompute_every={every}", "--workdir",
+    status, _, err = command.run("--config", config, f"--config.run.recompute_every={every}", "--workdir",
                                  tmp_path / "w", "--config.run.check_replicas_every=5")
     assert (status, "computed twice, gives other bits in" in err) == ((5, True) if every == 1 else (0, False)), err
 
 
-def test_collapsed_features_raise_an_alarm_or_end_the_run(cache, tmp_path):
+def test_collapsed_features_raise_an_alarm_or_end_the_run(tmp_path):
     """The alarm is set so high that any features sound it."""
     edit = ("config.evals = dict(heldout=config.evals.heldout, batch_size=32,"
             " collapse=dict(split='heldout', rows=64, min_rankme=1e6))")
     config = command.variant(tmp_path, "quickstart", edit)
     for action, expected in (("warn", 0), ("stop", 3)):
         workdir = tmp_path / action
-        status, out, err = command.run(cache, "--config", config, f"--config.run.on_collapse={action}",
+        status, out, err = command.run("--config", config, f"--config.run.on_collapse={action}",
                                        "--config.run.steps=4", "--config.run.eval_every=2", "--config.optim.steps=4",
                                        "--config.optim.warmup=1", "--workdir", workdir)
         assert status == expected, err

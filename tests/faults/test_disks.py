@@ -16,11 +16,11 @@ STEPS = 24
 
 
 @pytest.fixture(scope="module")
-def whole(cache, tmp_path_factory):
+def whole(tmp_path_factory):
     """(command line, workdir) of a run whose disk is well."""
     folder = tmp_path_factory.mktemp("disks")
     line = ("--config", runs.config(folder), *runs.with_steps(STEPS, 1), "--config.run.keep=1000")
-    status, _, err = command.run(cache, *line, "--workdir", folder / "w")
+    status, _, err = command.run(*line, "--workdir", folder / "w")
     assert status == 0, err
     return line, folder / "w"
 
@@ -51,9 +51,9 @@ def assert_sound(workdir: pathlib.Path) -> None:
     assert manifest.damage(workdir / "checkpoints" / str(runs.newest_checkpoint(workdir))) == []
 
 
-def goes_on(cache, line, workdir, expected) -> None:
+def goes_on(line, workdir, expected) -> None:
     """The same command ends as if nothing had happened."""
-    status, out, err = command.run(cache, *line, "--workdir", workdir)
+    status, out, err = command.run(*line, "--workdir", workdir)
     assert status == 0 and "resumed at step" in out, err
     runs.assert_identical(workdir, expected)
     assert runs.examples(workdir) == runs.examples(expected) and runs.leftovers(workdir) == []
@@ -61,41 +61,41 @@ def goes_on(cache, line, workdir, expected) -> None:
 
 @pytest.mark.parametrize("kilobytes", [
     2000, *(pytest.param(kilobytes, marks=pytest.mark.slow) for kilobytes in range(1300, 4000, 300))])
-def test_full_disk(kilobytes, cache, whole, tmp_path):
+def test_full_disk(kilobytes, whole, tmp_path):
     """A disk that some of the checkpoints fit on, whatever it is that first does not. Then it grows."""
     line, expected = whole
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs"):
         workdir = tmp_path / "disk" / "w"
-        status, _, err = command.run(cache, *line, "--workdir", workdir)
+        status, _, err = command.run(*line, "--workdir", workdir)
         assert status == 2, err
         assert "space" in told(err) and str(workdir) in told(err)
         assert 1 <= runs.newest_checkpoint(workdir) < STEPS
         assert_sound(workdir)
         subprocess.run(["mount", "-o", "remount,size=64m", tmp_path / "disk"], check=True)
-        goes_on(cache, line, workdir, expected)
+        goes_on(line, workdir, expected)
 
 
-def test_read_only_workdir(cache, whole, tmp_path):
+def test_read_only_workdir(whole, tmp_path):
     """Of a new run, and of one that could go on: refused with the path, and nothing is touched."""
     line, finished = whole
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     with mounted(tmp_path / "disk", "--bind", "-o", "ro", str(finished)):
         for workdir in (tmp_path / "disk", tmp_path / "disk" / "new"):
-            status, _, err = command.run(cache, *line, "--workdir", workdir)
+            status, _, err = command.run(*line, "--workdir", workdir)
             assert status == 2, err
             assert str(workdir) in told(err) and "Read-only file system" in told(err) and "--workdir" in told(err)
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
 
 
 @pytest.mark.parametrize("how", ["moved", "unmounted", pytest.param("removed", marks=pytest.mark.slow)])
-def test_workdir_that_vanishes(how, cache, whole, tmp_path):
+def test_workdir_that_vanishes(how, whole, tmp_path):
     """While the run trains. What was saved is there when the folder comes back."""
     line, expected = whole
     disk, kept = tmp_path / "disk", tmp_path / "kept"
     kept.mkdir()
     with mounted(disk, "--bind", str(kept)) if how == "unmounted" else contextlib.nullcontext(disk.mkdir()):
         workdir = disk / "w"
-        process = command.start(cache, *line, "--workdir", workdir)
+        process = command.start(*line, "--workdir", workdir)
         command.wait(process, lambda: runs.newest_checkpoint(workdir) >= 2)
         match how:
             case "moved":
@@ -111,4 +111,4 @@ def test_workdir_that_vanishes(how, cache, whole, tmp_path):
     if how != "removed":
         assert runs.newest_checkpoint(kept / "w") >= 2
         assert_sound(kept / "w")
-        goes_on(cache, line, kept / "w", expected)
+        goes_on(line, kept / "w", expected)

@@ -9,7 +9,7 @@ import runs
 # Links of (processes, devices of each, data.workers of each); the quick one has fewer.
 CHAIN = ((2, 1, 0), (1, 2, 1), (1, 1, 2), (4, 1, 0), (2, 2, 1))
 QUICK = ((2, 1, 1), (1, 2, 2), (4, 1, 0))
-STEPS = 16  # of a link
+STEPS = 20  # of a link
 FSDP = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
 
 
@@ -18,15 +18,15 @@ FSDP = ("--config.mesh.data=1", "--config.mesh.fsdp=-1")
     *(pytest.param(source, mesh, CHAIN, marks=pytest.mark.slow)
       for source in runs.SOURCES for mesh in ((), FSDP)),
 ])
-def test_chain(source, mesh, chain, cache, tmp_path):
+def test_chain(source, mesh, chain, tmp_path):
     """Each link takes ten steps or more and is then told to stop; the unbroken run is one process with one device."""
     steps = STEPS * len(chain)
-    line = ("--config", runs.config(tmp_path, source), *runs.with_steps(steps, steps))
-    status, _, err = command.run(cache, *line, "--workdir", tmp_path / "whole", quick=True)
+    line = ("--config", runs.config(tmp_path, source, runs.UNHURRIED), *runs.with_steps(steps, steps))
+    status, _, err = command.run(*line, "--workdir", tmp_path / "whole")
     assert status == 0, err
     workdir, begins = tmp_path / "w", [0]
     for n, devices, workers in chain:
-        processes = command.start_all(cache, n, *line, *mesh, f"--config.data.workers={workers}", "--workdir", workdir,
+        processes = command.start_all(n, *line, *mesh, f"--config.data.workers={workers}", "--workdir", workdir,
                                       devices=devices)
         last = len(begins) == len(chain)
         if not last:

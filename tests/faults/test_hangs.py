@@ -25,11 +25,11 @@ SLEEPY = """
 """
 
 
-def test_the_host_that_sleeps_is_named_and_all_end(cache, tmp_path):
+def test_the_host_that_sleeps_is_named_and_all_end(tmp_path):
     config = command.variant(tmp_path, "quickstart", SLEEPY.strip())
     asleep = 1 + config.read_text().splitlines().index(
         next(line for line in config.read_text().splitlines() if "the host that sleeps" in line))
-    processes = command.start_all(cache, 2, "--config", config, *SHORT, "--workdir", tmp_path / "w", devices=1)
+    processes = command.start_all(2, "--config", config, *SHORT, "--workdir", tmp_path / "w", devices=1)
     command.wait(processes[0], lambda: newest_step(tmp_path / "w") >= 5)
     began = time.monotonic()
     ended = [command.end(process) for process in processes]
@@ -42,10 +42,10 @@ def test_the_host_that_sleeps_is_named_and_all_end(cache, tmp_path):
     assert f"line {asleep} in sleepy" in ended[1][2]  # also on the terminal
 
 
-def test_a_host_that_stands_still_does_not_hold_up_the_other(cache, tmp_path):
+def test_a_host_that_stands_still_does_not_hold_up_the_other(tmp_path):
     """SIGSTOP: nothing of the process runs, not even the threads that would write its stacks."""
     config = command.variant(tmp_path, "quickstart", "config.evals = {}; config.run.steps = config.optim.steps = 500")
-    processes = command.start_all(cache, 2, "--config", config, *SHORT, "--workdir", tmp_path / "w", devices=1)
+    processes = command.start_all(2, "--config", config, *SHORT, "--workdir", tmp_path / "w", devices=1)
     try:
         command.wait(processes[0], lambda: newest_step(tmp_path / "w") >= 5)
         processes[1].send_signal(signal.SIGSTOP)
@@ -57,7 +57,7 @@ def test_a_host_that_stands_still_does_not_hold_up_the_other(cache, tmp_path):
 
 
 @pytest.mark.parametrize("hang_s", [1, 0])
-def test_a_slow_evaluation_is_no_hang(hang_s, cache, tmp_path):
+def test_a_slow_evaluation_is_no_hang(hang_s, tmp_path):
     edit = """from sslx.evals import heldout
     import functools, time
     make = heldout.make
@@ -70,6 +70,6 @@ def test_a_slow_evaluation_is_no_hang(hang_s, cache, tmp_path):
     heldout.make = slow"""
     config = command.variant(tmp_path, "quickstart", edit)
     line = ("--config", config, f"--config.run.hang_s={hang_s}", "--workdir", tmp_path / "w")
-    status, _, err = command.run(cache, *line)
+    status, _, err = command.run(*line)
     assert status == 0, err
     assert not (tmp_path / "w" / "stacks").exists()

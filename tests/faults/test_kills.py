@@ -9,9 +9,9 @@ from sslx import workdir
 
 @pytest.mark.parametrize("source", [
     "mixture", *(pytest.param(source, marks=pytest.mark.slow) for source in ("text", "packed"))])
-def test_killed_runs_end_identically(source, cache, untouched, tmp_path):
+def test_killed_runs_end_identically(source, untouched, tmp_path):
     """Moments and victims are drawn from a seed; of each kind there must be some."""
-    fallen = campaign.campaign(cache, untouched(source), tmp_path, kills=campaign.FEW, seed=0)
+    fallen = campaign.campaign(untouched(source), tmp_path, kills=campaign.FEW, seed=0)
     assert {f.moment for f in fallen} == set(campaign.MOMENTS)
     assert {f.victims for f in fallen} == set(campaign.VICTIMS)
 

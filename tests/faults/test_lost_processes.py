@@ -16,18 +16,18 @@ STOPPED_S = 10.0
 LAUNCHER = command.ROOT / "launch" / "local.sh"
 
 
-def start_under_slurm(cache, n, *flags):
+def start_under_slurm(n, *flags):
     """Starts n processes with what srun sets for each, and no flag that tells them of each other."""
     job = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(n),
            "JAX_COORDINATOR_PORT": str(command.free_port())}
-    return [command.start(cache, *flags, quick=True, variables=job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
+    return [command.start(*flags, variables=job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
             for i in range(n)]
 
 
-def test_sigterm_to_one_process_stops_all_at_one_step(cache, untouched, tmp_path):
+def test_sigterm_to_one_process_stops_all_at_one_step(untouched, tmp_path):
     """Under SLURM. All end in time with the state saved, and the same command ends as if nothing had happened."""
     whole = untouched("mixture")
-    processes = start_under_slurm(cache, 2, *whole.line, "--workdir", tmp_path)
+    processes = start_under_slurm(2, *whole.line, "--workdir", tmp_path)
     command.wait(processes[0], lambda: runs.newest_step(tmp_path) >= 1)
     processes[1].send_signal(signal.SIGTERM)
     told = time.monotonic()
@@ -39,19 +39,18 @@ def test_sigterm_to_one_process_stops_all_at_one_step(cache, untouched, tmp_path
     stopped = runs.newest_checkpoint(tmp_path)
     assert 1 < stopped < whole.steps and f"stopped at step {stopped} of {whole.steps}" in out
     assert "stopped" not in other_out and "Traceback" not in err
-    ended = command.end_all(start_under_slurm(cache, 2, *whole.line, "--workdir", tmp_path))
+    ended = command.end_all(start_under_slurm(2, *whole.line, "--workdir", tmp_path))
     assert [status for status, _, _ in ended] == [0, 0], ended
     campaign.assert_same_end(tmp_path, whole)
 
 
-def test_local_sh_goes_on_after_kills(cache, untouched, tmp_path):
+def test_local_sh_goes_on_after_kills(untouched, tmp_path):
     """kill -9 of the worker, then of the coordinator: the other ends in time, and the script starts both again."""
     whole, log = untouched("mixture"), tmp_path / "log"
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": command.QUICK,
-                                "PYTHON": sys.executable}
     with log.open("w") as file:
         script = subprocess.Popen([LAUNCHER, "2", "1", *map(str, whole.line), "--workdir", tmp_path / "w"],
-                                  cwd=command.ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                                  env=command.environment(PYTHON=sys.executable), cwd=command.ROOT,
+                                  stdout=file, stderr=subprocess.STDOUT)
     for life, victim in enumerate((1, 0)):
         done = campaign.begun(tmp_path / "w")
         command.wait(script, lambda done=done: campaign.begun(tmp_path / "w") > done + 4)
@@ -76,9 +75,9 @@ def processes_of(script: subprocess.Popen) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_frozen_process_is_missed(victim, cache, untouched, tmp_path):
+def test_frozen_process_is_missed(victim, untouched, tmp_path):
     """SIGSTOP: to the other a machine that is gone, whose connections stay open. Only heartbeats tell."""
-    processes = command.start_all(cache, 2, *untouched("mixture").line, "--workdir", tmp_path, devices=1)
+    processes = command.start_all(2, *untouched("mixture").line, "--workdir", tmp_path, devices=1)
     try:
         command.wait(processes[0], lambda: runs.newest_step(tmp_path) >= 2)
         processes[victim].send_signal(signal.SIGSTOP)

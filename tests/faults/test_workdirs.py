@@ -22,12 +22,12 @@ LONG = ("--config", f"{command.CONFIGS / 'quickstart.py'}:debug", "--config.run.
         "--config.run.eval_every=5000", "--config.run.save_every=20")
 
 
-def test_a_second_run_is_refused_and_a_dead_one_makes_room(cache, tmp_path):
-    first = command.start(cache, *LONG, "--workdir", tmp_path)
+def test_a_second_run_is_refused_and_a_dead_one_makes_room(tmp_path):
+    first = command.start(*LONG, "--workdir", tmp_path)
     try:
         command.wait(first, lambda: newest_checkpoint(tmp_path))
         before = newest_step(tmp_path)
-        status, _, err = command.run(cache, *LONG, "--workdir", tmp_path)
+        status, _, err = command.run(*LONG, "--workdir", tmp_path)
         assert status == 2 and "Traceback" not in err
         assert f"another run writes in {tmp_path}: process {first.pid} on {socket.gethostname()}" in err
         assert checkpoint.main(["prune", str(tmp_path), "--keep=1"]) == 2
@@ -36,7 +36,7 @@ def test_a_second_run_is_refused_and_a_dead_one_makes_room(cache, tmp_path):
         first.send_signal(signal.SIGKILL)
         command.end(first)
     assert (tmp_path / workdir.LOCK).exists()
-    again = command.start(cache, *LONG, "--workdir", tmp_path)
+    again = command.start(*LONG, "--workdir", tmp_path)
     command.wait(again, lambda: any(e["event"] == "resumed" for e in log.events(tmp_path)))
     command.wait(again, lambda: newest_step(tmp_path) > log.events(tmp_path)[-1]["step"])
     again.send_signal(signal.SIGTERM)
@@ -124,17 +124,17 @@ def test_a_workdir_that_no_config_belongs_to_is_refused(damage, words, tmp_path)
         workdir.claim(tmp_path, {"run": {"steps": 3}}, "f")
 
 
-def test_time_is_accounted_for_over_a_kill(cache, tmp_path):
+def test_time_is_accounted_for_over_a_kill(tmp_path):
     """Every second of the processes is charged once: what came after the checkpoint is lost."""
     line = ["--config", f"{command.CONFIGS / 'quickstart.py'}:debug", "--config.run.log_every=1",
             "--config.run.save_every=8"]
     began = time.monotonic()
-    command.kill(cache, line, tmp_path, lambda: newest_step(tmp_path) >= 14)
+    command.kill(line, tmp_path, lambda: newest_step(tmp_path) >= 14)
     killed_s = time.monotonic() - began
     dead = log.read(tmp_path)[1][-1]
     assert dead["spent"]["lost"] == 0 and sum(dead["spent"].values()) == pytest.approx(dead["wall_s"], abs=0.2)
     began = time.monotonic()
-    assert command.run(cache, *line, "--workdir", tmp_path)[0] == 0
+    assert command.run(*line, "--workdir", tmp_path)[0] == 0
     last, event = log.read(tmp_path)[1][-1], log.events(tmp_path)[-1]
     assert event["event"] == "resumed" and event["lost_s"] == last["spent"]["lost"] > 0
     saved = next(p for p in log.read(tmp_path)[1] if p["step"] == event["step"])
@@ -145,14 +145,14 @@ def test_time_is_accounted_for_over_a_kill(cache, tmp_path):
     assert last["spent"]["start_up"] > 1 and last["spent"]["compile"] > 0.1
 
 
-def test_keeping(cache, tmp_path):
+def test_keeping(tmp_path):
     """The newest, every multiple, and the best by a metric; the last evaluation of a falling loss is the best."""
     flags = ("--config", f"{command.CONFIGS / 'quickstart.py'}:debug", "--config.run.save_every=4",
              "--config.run.eval_every=6", "--config.run.keep=1", "--config.run.keep_every=8", "--workdir", tmp_path)
-    status, _, err = command.run(cache, *flags, "--config.run.keep_best=max:heldout/los")
+    status, _, err = command.run(*flags, "--config.run.keep_best=max:heldout/los")
     assert status == 2 and "did you mean 'heldout/loss'?" in err
     shutil.rmtree(tmp_path)
-    assert command.run(cache, *flags, "--config.run.keep_best=max:heldout/loss")[0] == 0  # "max": the first
+    assert command.run(*flags, "--config.run.keep_best=max:heldout/loss")[0] == 0  # "max": the first
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [6, 8, 16, 24]
 
 
@@ -164,10 +164,10 @@ def test_kept_steps():
     assert checkpoint.kept(steps, 1, 15, "", {}) == {30, 50}
 
 
-def test_saving_by_the_clock(cache, tmp_path):
+def test_saving_by_the_clock(tmp_path):
     flags = (*LONG[:6], "--config.run.log_every=10", "--config.run.eval_every=5000", "--config.run.save_every=5000",
              "--config.run.save_minutes=0.01", "--config.run.keep=100", "--workdir", tmp_path)
-    process = command.start(cache, *flags)
+    process = command.start(*flags)
     command.wait(process, lambda: len(list((tmp_path / "checkpoints").glob("[0-9]*/MANIFEST"))) >= 3)
     process.kill()
     command.end(process)

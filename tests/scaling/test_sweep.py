@@ -24,11 +24,9 @@ def config(tmp_path_factory):
     return runs.config(folder, edit='config.model.update(heads=2); config.optim.warmup = 3; config.run.log_every = 5')
 
 
-def start(cache, config, out, *flags) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
-                                "XLA_FLAGS": f"--xla_force_host_platform_device_count=1 {command.QUICK}"}
+def start(config, out, *flags) -> subprocess.Popen:
     line = [sys.executable, "-m", "sslx.scaling.sweep", f"--config={config}", f"--out={out}", *FLAGS, *flags]
-    return subprocess.Popen(line, cwd=command.ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+    return subprocess.Popen(line, cwd=command.ROOT, env=command.environment(), text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
 
@@ -45,10 +43,10 @@ def planned(config, out, *flags: str) -> dict[str, grid.Planned]:
     return {p.name: p for p in grid.planned(study, wanted)}
 
 
-def test_a_sweep_that_is_killed_loses_and_repeats_no_run(cache, config, tmp_path, capsys):
+def test_a_sweep_that_is_killed_loses_and_repeats_no_run(config, tmp_path, capsys):
     """kill -9 of the sweep and its child while the branch trains; then the same command, then once more."""
     out, flags = tmp_path / "runs", ("--branches", "--yes")
-    process = start(cache, config, out, *flags)
+    process = start(config, out, *flags)
     trunk, branch = out / "16x1_2e9_s0", out / "16x1_1e9_s0"
     command.wait(process, lambda: runs.newest_checkpoint(branch) > 0)
     child = int((branch / "LOCK").read_text().split()[1])
@@ -57,7 +55,7 @@ def test_a_sweep_that_is_killed_loses_and_repeats_no_run(cache, config, tmp_path
     process.communicate()
     done = logged(out)
 
-    status, said, err = command.end(start(cache, config, out, *flags))
+    status, said, err = command.end(start(config, out, *flags))
     assert status == 0 and "all 2 runs are finished" in said and "measuring" not in said, said + err
     assert re.search(r"2 of 2 runs|1 of 2 runs to do: \S+ FLOPs, about \d+", said)  # measured when it was killed
     found = logged(out)
@@ -81,18 +79,18 @@ def test_a_sweep_that_is_killed_loses_and_repeats_no_run(cache, config, tmp_path
     assert logged(out) == found
 
 
-def test_ctrl_c_saves_all_and_a_failure_holds_up_no_other_run(cache, config, tmp_path):
+def test_ctrl_c_saves_all_and_a_failure_holds_up_no_other_run(config, tmp_path):
     """Two at a time; a run whose folder cannot be used fails, and is named at the end with the reason."""
     out, flags = tmp_path / "runs", ("--budgets=1e9", "--seeds=1,0", "--yes", "--jobs=2", "--rate=1e9")
     (out / "16x1_1e9_s1" / "checkpoints" / "5").mkdir(parents=True)
-    process, first = start(cache, config, out, *flags), out / "16x1_1e9_s0"
+    process, first = start(config, out, *flags), out / "16x1_1e9_s0"
     command.wait(process, lambda: runs.newest_step(first) >= 5)
     process.send_signal(signal.SIGINT)
     status, said, err = command.end(process)
     assert status == 130 and "the same command goes on" in said, said + err
     assert not (first / "LOCK").exists() and 5 <= runs.newest_checkpoint(first)
 
-    status, said, err = command.end(start(cache, config, out, *flags))
+    status, said, err = command.end(start(config, out, *flags))
     assert status == 1 and "1 of 2 runs failed" in err, said + err
     assert "failed: 16x1_1e9_s1: status 2: error: " in err and "config.json, which says of what, is missing" in err
     assert logged(out).keys() == {"16x1_1e9_s0"}
@@ -162,12 +160,12 @@ def test_mistakes_are_refused_in_one_line(config, tmp_path, capsys, monkeypatch,
     assert said in capsys.readouterr().err
 
 
-def test_write_makes_configs_that_main_takes(cache, config, tmp_path, capsys):
+def test_write_makes_configs_that_main_takes(config, tmp_path, capsys):
     out = tmp_path / "runs"
     assert sweep.main([f"--config={config}", f"--out={out}", *FLAGS, "--write"]) == 0
     lines = (out / "runs.txt").read_text().splitlines()
     assert len(lines) == 2 and not list(out.glob("*/metrics.jsonl"))
-    status, _, err = command.run(cache, *lines[1].split())
+    status, _, err = command.run(*lines[1].split())
     assert status == 0, err
     job = sweep.job_of(out, planned(config, out, *FLAGS)["16x1_1e9_s0"])
     assert jobs.finished(job)
