@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 # Quick rather than fast programs, where nearly all of the time is compilation. --xla_cpu_use_fusion_emitters=false
-# would take a third of it away, but compiles image views wrongly (JAX 0.10.2).
+# would take half of that away, but compiles image views wrongly (JAX 0.10.2).
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
