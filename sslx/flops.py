@@ -117,24 +117,25 @@ def component(scopes: tuple[str, ...]) -> str:
     return (named or list(scopes) or [UNSCOPED])[0].split(".")[0]
 
 
-def scaled(numerator: int, denominator: int) -> Any:
+def scaled(numerator: int, denominator: int, unmasked: int | None = None) -> Any:
     """A `jax.named_scope` in which the model count of every product is numerator / denominator of it.
 
     For a mask: of the T x T pairs of causal attention (T + 1) / (2 T) are needed, in the backward pass
     too, so `with scaled(T + 1, 2 * T):` goes around Q K^T and P V, or around a fused kernel that skips
-    what the mask hides and whose formula does not know the mask.
+    what the mask hides and whose formula does not know the mask. The full count is unmasked / denominator of
+    the product: more than all of it where plain products leave out some of what the mask hides.
     """
     if not 0 < numerator <= denominator:
         raise ValueError(f"scaled({numerator}, {denominator}): takes 0 < numerator <= denominator")
-    return jax.named_scope(f"flops:{numerator}:{denominator}")
+    return jax.named_scope(f"flops:{numerator}:{denominator}:{unmasked or denominator}")
 
 
 def padded(numerator: int, denominator: int) -> Any:
     """As `scaled`, for operands that hold padding and not for a mask: the full count leaves it out too."""
-    return jax.named_scope(f"flops:{numerator}:{denominator}:padding")
+    return scaled(numerator, denominator, numerator)
 
 
-SCALED = re.compile(r"flops:(\d+):(\d+)(:padding)?")
+SCALED = re.compile(r"flops:(\d+):(\d+):(\d+)")
 
 
 # The walk
@@ -221,14 +222,14 @@ def cost(scopes: tuple[str, ...], model: int, hw: int, full: int) -> Cost:
     """What is left of `model` and `full` where the scopes say that not all is needed, or that it runs again."""
     if RECOMPUTED in scopes:
         return Cost(names(scopes), 0, hw, 0)
-    return Cost(names(scopes), needed(scopes, model), hw, needed(scopes, full, masks=False))
+    return Cost(names(scopes), needed(scopes, model), hw, needed(scopes, full, masked=False))
 
 
-def needed(scopes: tuple[str, ...], flops: int, masks: bool = True) -> int:
-    """The part of a product that the scopes around it say is needed: those of padding and, with `masks`, of masks."""
-    for numerator, denominator, padding in (m.groups() for m in map(SCALED.fullmatch, scopes) if m):
-        if masks or padding:
-            flops = flops * int(numerator) // int(denominator)
+def needed(scopes: tuple[str, ...], flops: int, masked: bool = True) -> int:
+    """The part of a product that the scopes around it say is needed, by a mask or if there were none."""
+    for part in filter(None, map(SCALED.fullmatch, scopes)):
+        numerator, denominator, unmasked = map(int, part.groups())
+        flops = flops * (numerator if masked else unmasked) // denominator
     return flops
 
 

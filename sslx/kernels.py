@@ -28,6 +28,16 @@ def fused(platform: str, T: int, S: int, K: int, dtype) -> str | None:
     return None
 
 
+def causal_parts(platform: str, T: int) -> int:
+    """In how many parts plain causal attention goes through its queries, each with the keys up to its last.
+
+    A CPU spends as long on what the mask hides as on the rest, of which four parts leave out 3/8 (a third less time
+    at T 256, forward and backward). Short sequences are not worth it, nor are accelerators, which want few large
+    products.
+    """
+    return 4 if platform == "cpu" and T % 4 == 0 and T >= 128 else 1
+
+
 def splash(q_BTGRK, k_BSGK, v_BSGK, times_T: np.ndarray, *, causal: bool, window: int | None, segments) -> jax.Array:
     """JAX's splash attention for TPU, which skips blocks that the mask hides; heads over `tensor`, T over `context`.
 

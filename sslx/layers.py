@@ -168,11 +168,12 @@ def visible(mask: Mask, times_T, S: int, window: int | None = None, prefix_B=Non
     return seen
 
 
-def needed_pairs(mask: Mask, T: int, S: int, window: int | None) -> int:
-    """How many of the T x S pairs of query and key a mask leaves. Prefixes and segments are data, and leave all."""
-    reach = window or T + S
-    behind = sum(min(t + 1, reach) for t in range(T)) if mask == "causal" or window else T * S
-    return behind if mask == "causal" or not window else 2 * behind - T
+def needed_pairs(mask: Mask, times_T: np.ndarray, S: int, window: int | None) -> int:
+    """Pairs of queries of these times and keys 0 .. S-1 that a mask leaves. Prefixes and segments are data: all."""
+    reach = window or S
+    behind_T = np.minimum(times_T + 1, reach)
+    ahead_T = 0 if mask == "causal" else np.clip(S - 1 - times_T, 0, reach - 1)
+    return int((behind_T + ahead_T).sum())
 
 
 def attention(q_BTGRK, k_BSGK, v_BSGK, *, mask: Mask, window: int | None = None, prefix_B=None, segments=None,
@@ -189,17 +190,30 @@ def attention(q_BTGRK, k_BSGK, v_BSGK, *, mask: Mask, window: int | None = None,
     if zigzagged:
         k_BSGK, v_BSGK = zigzag.restore(k_BSGK), zigzag.restore(v_BSGK)
     times_T = zigzag.times(T) if zigzagged else np.arange(T, dtype=np.int32)
-    needed = (needed_pairs(mask, T, S, window), T * S)
     kernel = kernels.fused(platform(), T // axis_size("sequence"), S, q_BTGRK.shape[-1], q_BTGRK.dtype)
     if bias_GRTS is None and mask != "prefix":
         causal = mask == "causal"
         if kernel == "splash":
-            with flops.scaled(*needed):
+            with flops.scaled(needed_pairs(mask, times_T, S, window), T * S):
                 return kernels.splash(q_BTGRK, k_BSGK, v_BSGK, times_T, causal=causal, window=window,
                                       segments=segments)
         if kernel == "cudnn" and segments is None and axis_size("sequence") == 1:
             return kernels.cudnn(q_BTGRK, k_BSGK, v_BSGK, causal=causal, window=window)
-    with flops.scaled(*needed):
+    parts = kernels.causal_parts(platform(), T) if mask == "causal" and axis_size("sequence") == 1 else 1
+    y = []
+    for i in range(parts):  # rows of queries, each with the keys up to its last
+        row, seen = slice(T * i // parts, T * (i + 1) // parts), slice(S * (i + 1) // parts)
+        y.append(products(q_BTGRK[:, row], k_BSGK[:, seen], v_BSGK[:, seen], times_T[row], S, mask=mask, window=window,
+                          prefix_B=prefix_B, segments=segments and (segments[0][:, row], segments[1][:, seen]),
+                          bias_GRTS=None if bias_GRTS is None else bias_GRTS[:, :, row, seen]))
+    return y[0] if parts == 1 else jnp.concatenate(y, 1)
+
+
+def products(q_BTGRK, k_BSGK, v_BSGK, times_T, n_keys: int, *, mask: Mask, window, prefix_B, segments, bias_GRTS):
+    """What `attention` returns, in plain products of queries of these times with keys 0 .. S-1, the first of n_keys."""
+    T, S = len(times_T), k_BSGK.shape[1]
+    pairs = (needed_pairs(mask, times_T, S, window), T * S, T * n_keys)
+    with flops.scaled(*pairs):
         logits = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
     logits = logits / math.sqrt(q_BTGRK.shape[-1])
     if bias_GRTS is not None:
@@ -208,7 +222,7 @@ def attention(q_BTGRK, k_BSGK, v_BSGK, *, mask: Mask, window: int | None = None,
     if seen is not None:
         logits = jnp.where(seen[:, None, None], logits, -1e30)
     p = jax.nn.softmax(logits, -1).astype(q_BTGRK.dtype)
-    with flops.scaled(*needed):
+    with flops.scaled(*pairs):
         return jnp.einsum("bgrts,bsgk->btgrk", p, v_BSGK)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sslx import layers
+from sslx import flops, kernels, layers
 from sslx.config import UserError
 from sslx.sharding import batch_sharding, make_mesh, spec
 
@@ -39,8 +39,9 @@ def sees(mask, packed, b, t, s):
 
 @pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("G, R", [(2, 1), (1, 3), (2, 2)])
-def test_attention(mask, packed, G, R):
+@pytest.mark.parametrize("G, R, parts", [(2, 1, 1), (1, 3, 1), (2, 2, 1), (2, 1, 3), (2, 2, 2)])
+def test_attention(mask, packed, G, R, parts, monkeypatch):
+    monkeypatch.setattr(kernels, "causal_parts", lambda platform, T: parts)
     B, T, K = 2, 6, 4
     q, bias = normal(B, T, G, R, K), normal(G, R, T, T, seed=3)
     k, v = normal(B, T, G, K, seed=1), normal(B, T, G, K, seed=2)
@@ -51,6 +52,19 @@ def test_attention(mask, packed, G, R):
     got = layers.attention(q, k, v, mask=mask, prefix_B=jnp.asarray(PREFIX) if mask == "prefix" else None,
                            segments=(SEGMENTS, SEGMENTS) if packed else None, bias_GRTS=bias)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_causal_parts_leave_out_hidden_products_and_change_no_result(monkeypatch):
+    q, k, v = normal(2, 8, 2, 3, 4), normal(2, 8, 2, 4, seed=1), normal(2, 8, 2, 4, seed=2)
+    found = {}
+    for parts in (1, 4):
+        monkeypatch.setattr(kernels, "causal_parts", lambda platform, T, parts=parts: parts)
+        gradient = jax.value_and_grad(lambda *qkv: jnp.square(layers.attention(*qkv, mask="causal")).sum(), (0, 1, 2))
+        found[parts] = gradient(q, k, v), flops.count(gradient, q, k, v)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *(found[n][0] for n in (1, 4)))
+    whole, cut = found[1][1], found[4][1]
+    assert (cut.model_total, cut.full_total) == (whole.model_total, whole.full_total)
+    assert cut.hw_total == whole.hw_total * 5 // 8
 
 
 @pytest.mark.parametrize("middle", [(), (2,), (2, 3)])
@@ -262,7 +276,7 @@ def test_chunks_that_do_not_divide_are_named():
 @pytest.mark.parametrize("window", [None, 1, 3, 9])
 def test_needed_pairs_are_those_that_are_visible(mask, window):
     seen = layers.visible(mask, np.arange(6), 6, window)
-    assert layers.needed_pairs(mask, 6, 6, window) == (36 if seen is None else int(seen.sum()))
+    assert layers.needed_pairs(mask, np.arange(6), 6, window) == (36 if seen is None else int(seen.sum()))
     for t, s in np.ndindex(6, 6):
         expected = (mask == "bidirectional" or s <= t) and (window is None or abs(t - s) < window)
         assert (seen is None or bool(seen[0, t, s])) == expected
