@@ -135,6 +135,12 @@ def padded(numerator: int, denominator: int) -> Any:
     return scaled(numerator, denominator, numerator)
 
 
+def summing() -> Any:
+    """A `jax.named_scope` of products that only add up, such as with ones: they count as the sums they are."""
+    return jax.named_scope(SUM)
+
+
+SUM = "flops:sum"
 SCALED = re.compile(r"flops:(\d+):(\d+):(\d+)")
 
 
@@ -152,7 +158,7 @@ def equation(eqn: JaxprEqn, scopes: tuple[str, ...], formulas: Mapping[str, Form
     if kernel in formulas:
         return [kernel_cost(scopes, *formulas[kernel](eqn), UNMASKED.get(kernel, formulas[kernel])(eqn)[0])]
     if primitive == "dot_general":
-        return [product_cost(scopes, dot_flops(eqn))]
+        return [] if SUM in scopes else [product_cost(scopes, dot_flops(eqn))]
     if primitive == "conv_general_dilated":
         return [product_cost(scopes, conv_flops(eqn))]
     if primitive in OPAQUE:

@@ -22,7 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from sslx import flops, kernels, mup, zigzag
+from sslx import channels, flops, kernels, mup, zigzag
 from sslx.config import UserError
 from sslx.sharding import RULES, axis_size, gather, platform, residual, spec, whole
 
@@ -95,7 +95,8 @@ class Linear(nn.Module):
         y = jnp.einsum(f"...{contracted},{contracted}{kept}->...{kept}", x.astype(self.dtype),
                        gather(w.astype(self.dtype)), out_sharding=out)
         if self.bias:
-            y = y + gather(weight(self, "bias", nn.initializers.zeros, features, out_axes).astype(self.dtype))
+            b = weight(self, "bias", nn.initializers.zeros, features, out_axes)
+            y = channels.plus(y, gather(b.astype(self.dtype)))
         return y
 
 
@@ -128,9 +129,9 @@ class Norm(nn.Module):
         if self.kind == "layer":
             x32 = x32 - x32.mean(-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.epsilon)
-        y = y * weight(self, "scale", nn.initializers.ones, x.shape[-1:], (None,))
+        y = channels.times(y, weight(self, "scale", nn.initializers.ones, x.shape[-1:], (None,)))
         if self.kind == "layer":
-            y = y + weight(self, "bias", nn.initializers.zeros, x.shape[-1:], (None,))
+            y = channels.plus(y, weight(self, "bias", nn.initializers.zeros, x.shape[-1:], (None,)))
         return y.astype(x.dtype)
 
 
@@ -524,9 +525,8 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
         if train:
-            axes = tuple(range(x.ndim - 1))
-            mean = x32.mean(axes)
-            var = jnp.square(x32).mean(axes) - jnp.square(mean)
+            mean = channels.mean(x32)
+            var = channels.mean(jnp.square(x32)) - jnp.square(mean)
             # Initialized with the statistics of its first batch, a random network is a fair baseline.
             momentum = 0.0 if self.is_initializing() else self.momentum
             for running, value in ((running_mean, mean), (running_var, var)):
@@ -536,9 +536,9 @@ class BatchNorm(nn.Module):
         scale = jax.lax.rsqrt(var + self.epsilon)
         if self.affine:
             scale = scale * weight(self, "scale", nn.initializers.ones, shape, (None,))
-        y = (x32 - mean) * scale
+        y = channels.times(channels.plus(x32, -mean), scale)
         if self.affine:
-            y = y + weight(self, "bias", nn.initializers.zeros, shape, (None,))
+            y = channels.plus(y, weight(self, "bias", nn.initializers.zeros, shape, (None,)))
         return y.astype(x.dtype)
 
 
