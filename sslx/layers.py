@@ -94,6 +94,7 @@ class Linear(nn.Module):
         contracted, kept = "abc"[:self.n_in], "xyz"[:len(features)]
         y = jnp.einsum(f"...{contracted},{contracted}{kept}->...{kept}", x.astype(self.dtype),
                        gather(w.astype(self.dtype)), out_sharding=out)
+        y = computed_once(y)
         if self.bias:
             b = weight(self, "bias", nn.initializers.zeros, features, out_axes)
             y = channels.plus(y, gather(b.astype(self.dtype)))
@@ -374,10 +375,14 @@ def with_penalty(x, penalty):
 with_penalty.defvjp(lambda x, penalty: (x, None), lambda _, g: (g, jnp.float32(1)))
 
 
+def computed_once(x):
+    """x, by a barrier for it and its gradient on CPU, where XLA would recompute what makes them in every consumer."""
+    return jax.lax.optimization_barrier(x) if platform() == "cpu" else x
+
+
 def add(x, update, scale: float):
-    """x + scale * update. On CPU a barrier keeps XLA from recomputing the chain of residuals in every consumer."""
-    y = x + scale * update
-    return jax.lax.optimization_barrier(y) if platform() == "cpu" else y
+    """x + scale * update."""
+    return computed_once(x + scale * update)
 
 
 def gather_time(x_BTD):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 import ml_collections
-from cases import BERT_VOCABULARY, CASES, DINO, HEADS, PIXELS, T5_VOCABULARY, WIDTH
+from cases import BERT_VOCABULARY, CASES, DINO, HEADS, INPUTS, PIXELS, T5_VOCABULARY, WIDTH
 
 from sslx import bench, experiment, platforms, state, train
 from sslx.views.image import augment
@@ -54,8 +54,9 @@ def sections(name: str, data: pathlib.Path) -> tuple[dict, dict, dict]:
 
 def config(name: str, dtype: str, data: pathlib.Path) -> ml_collections.ConfigDict:
     model, objective, rows = sections(name, data)
+    model = model if name in INPUTS else dict(model, dtype=dtype)
     return ml_collections.ConfigDict(dict(
-        mesh=dict(data=1), model=dict(model, dtype=dtype), objective=objective, evals={}, run=dict(steps=1000),
+        mesh=dict(data=1), model=model, objective=objective, evals={}, run=dict(steps=1000),
         data=dict(batch_size=CASES[name].batch, train=rows), optim=dict(steps=1000, learning_rate=1e-3)))
 
 
