@@ -5,7 +5,6 @@ XLA's CPU backend sums columns an element at a time; as a product with ones the 
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +78,7 @@ def averaged_backward(x, d):
     return (jnp.broadcast_to(shared, x.shape, out_sharding=placed(spec_of(x))),)
 
 
-def like(b, d) -> Any:
+def like(b, d) -> jax.Array:
     """The gradient of b, of which d is each row's part."""
     return total(d, d.ndim - b.ndim, spec_of(b)).astype(b.dtype)
 

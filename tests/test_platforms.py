@@ -30,3 +30,22 @@ def test_memory_that_is_asked_for_again_costs_no_page_faults():
 
     assert faults() < 100
     assert faults(SSLX_FLAGS="off") > 8 * 40_000_000 / 4096 / 2
+
+
+BARRED = """
+from sslx import platforms
+platforms.prepare()
+import jax
+from jax import numpy as jnp
+program = jax.jit(lambda x: jnp.sin(jax.lax.optimization_barrier(jnp.cos(x)))).lower(jnp.ones(8)).compile()
+print("opt-barrier" in program.as_text())
+"""
+
+
+def test_barriers_stay_until_operations_are_fused():
+    """XLA passes by a name it does not know in --xla_disable_hlo_passes without a word."""
+    def stays(**variables: str) -> str:
+        return subprocess.run([sys.executable, "-c", BARRED], cwd=ROOT, check=True, text=True, capture_output=True,
+                              env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""} | variables).stdout.strip()
+
+    assert (stays(), stays(SSLX_FLAGS="off")) == ("True", "False")
