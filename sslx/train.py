@@ -64,8 +64,10 @@ def train_step(objective: Objective, optimizer: Optimizer, seed: int, accumulate
             kept = dict(params=current.params, aux=current.aux, opt_state=current.opt_state)
             moved = {name: getattr(new, name) for name in kept}
             new = new._replace(**jax.tree.map(lambda old, x: jnp.where(bad, old, x), kept, moved))
-        # A copy: the state itself is donated to the next step before these are read.
-        return new, metrics | {"grad_norm": grad_norm, "tokens_seen": jnp.copy(tokens), "bad": bad, "limits": limits_2}
+        # A copy: the state itself is donated to the next step before these are read. The rate is taken here too: of a
+        # schedule outside a program every operation is compiled by itself, at the first point of the log.
+        return new, metrics | dict(grad_norm=grad_norm, tokens_seen=jnp.copy(tokens), bad=bad, limits=limits_2,
+                                   lr=optimizer.learning_rate(current.step))
 
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
@@ -209,7 +211,8 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
             """Looks at the metrics of a step, normally when the next one is already on the device."""
             nonlocal tokens_seen
             values = jax.device_get(metrics)
-            tokens_seen, bad, limits_2 = state.exact(values.pop("tokens_seen")), values.pop("bad"), values.pop("limits")
+            tokens_seen = state.exact(values.pop("tokens_seen"))
+            bad, limits_2, lr = (values.pop(name) for name in ("bad", "limits", "lr"))
             numbers = {name: float(x) for name, x in values.items() if name != "tokens"}
             if bad:
                 meet(step, guards.reason(step, numbers["loss"], numbers["grad_norm"], limits_2))
@@ -218,8 +221,8 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
                         for n in (counted.model_total, counted.hw_total))
             logger.progress(step, loss=numbers["loss"], tokens_per_s=speed.tokens_per_s, mfu=mfu)
             if step % options.log_every == 0 or step == options.steps:
-                point(step, "train", numbers, bad_records, lr=float(optimizer.learning_rate(step - 1)),
-                      cpu_s=clock.cpu(), tokens_per_s=speed.tokens_per_s, mfu=mfu, hfu=hfu)
+                point(step, "train", numbers, bad_records, lr=float(lr), cpu_s=clock.cpu(),
+                      tokens_per_s=speed.tokens_per_s, mfu=mfu, hfu=hfu)
 
         def meet(step: int, why: str) -> None:
             """A bad step: the state is as if it had not been, or the loop rolls back, or the run ends."""

@@ -56,16 +56,16 @@ def test_a_host_that_stands_still_does_not_hold_up_the_other(tmp_path):
         processes[1].kill()
 
 
-@pytest.mark.parametrize("hang_s", [1, 0])
+@pytest.mark.parametrize("hang_s", [LIMIT_S, 0])
 def test_a_slow_evaluation_is_no_hang(hang_s, tmp_path):
-    edit = """from sslx.evals import heldout
+    edit = f"""from sslx.evals import heldout
     import functools, time
     make = heldout.make
 
     @functools.wraps(make)
     def slow(**options):
         found = make(**options)
-        return found._replace(measure=lambda subject: (time.sleep(2), found(subject))[1])
+        return found._replace(measure=lambda subject: (time.sleep({hang_s + 1}), found(subject))[1])
 
     heldout.make = slow"""
     config = command.variant(tmp_path, "quickstart", edit)
