@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from sslx import config
 from sslx.config import UserError
 from sslx.data import BadRecord, Example, RandomAccess, Source
+from sslx.data.order import Order
 from sslx.sharding import batch_shards
 
 Batches = Generator[tuple[dict[str, jax.Array], dict[str, Any]]]  # what is on the devices, what stays on the host
@@ -31,7 +32,7 @@ def source(section: Mapping[str, Any], where: str, on_bad: OnBad) -> Source:
 
 
 def stream(source: Source, *, seed: int, shuffle: bool = True, on_bad: OnBad = "skip") -> "Stream":
-    """Endless examples of `source`, each pass in an order of its own.
+    """Endless examples of `source`, each pass in an order of its own (`order.Order`).
 
     `stream[i]` is a pure function of (source, seed, i): the example's fields, `index` (its place in
     the source) and `skipped` (how many bad records were passed over to make it).
@@ -40,33 +41,25 @@ def stream(source: Source, *, seed: int, shuffle: bool = True, on_bad: OnBad = "
         raise UserError(f"the data source {source.info.name} holds no example: check its path, split and limit")
     if not 0 <= seed < 2**32:
         raise UserError(f"the seed of the data is {seed}; it takes an integer from 0 to 2**32 - 1")
-    order = grain.MapDataset.range(len(source.examples)).seed(seed)
-    order = order.shuffle() if shuffle else order  # a new permutation each pass: grain adds the epoch to the seed
-    return Stream(source, order.repeat(), on_bad)
+    return Stream(source.info.name, source.examples, Order(len(source.examples), seed, shuffle), on_bad)
 
 
-class Stream(grain.MapDataset):
-    """Examples of a source in the order of `order`, an endless dataset of indices."""
+class Stream:
+    """Examples of a source in an endless order."""
 
-    def __init__(self, source: Source, order: grain.MapDataset, on_bad: OnBad):
-        super().__init__(order)
-        self.name, self.examples, self.order, self.on_bad = source.info.name, source.examples, order, on_bad
+    def __init__(self, name: str, examples: RandomAccess, order: Order, on_bad: OnBad):
+        self.name, self.examples, self.order, self.on_bad = name, examples, order, on_bad
 
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        return self.first_readable(self.order[index])
+    def __getitem__(self, index: int) -> Example:
+        return self.first_readable(int(self.order(np.array([index]))[0]))
 
     def rows(self, indices_B: np.ndarray) -> Example:
         """The examples at `indices_B`, each field stacked; one call of the source where it offers it."""
-        order_B = [self.order[i] for i in indices_B.tolist()]
+        order_B = self.order(indices_B)
         if not hasattr(self.examples, "rows"):
-            return stack([self.first_readable(i) for i in order_B])
-        fields = self.examples.rows(np.asarray(order_B))
-        return fields | {"index": np.asarray(order_B), "skipped": np.zeros(len(order_B), np.int64)}
+            return stack([self.first_readable(i) for i in order_B.tolist()])
+        fields = self.examples.rows(order_B)
+        return fields | {"index": order_B, "skipped": np.zeros(len(order_B), np.int64)}
 
     def first_readable(self, first: int) -> Example:
         """The example at `first` of the source or, past bad records, at the next index that can be read."""
@@ -84,7 +77,7 @@ class Stream(grain.MapDataset):
 
 
 def batches(
-    dataset: RandomAccess,
+    dataset: Stream,
     *,
     batch_size: int,
     sharding: NamedSharding,
@@ -109,13 +102,15 @@ def batches(
                         " (data x fsdp) that share its rows")
     rows = local_rows(sharding, batch_size)
     host = grain.MapDataset.range(first_step, last_step).map(functools.partial(read, dataset, batch_size, rows))
-    host = host.to_iter_dataset(grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch))
-    if workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, also in programs without them
-        host = host.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch or 1))
-    placed = host.map(functools.partial(place, sharding, batch_size))
-    return closing(grain.experimental.ThreadPrefetchIterDataset(placed, prefetch_buffer_size=prefetch))
+    onto = functools.partial(place, sharding, batch_size)
+    threads = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
+    if not workers:  # what reads a batch also places it: each thread that hands it on costs as much as to read tokens
+        return closing(host.map(onto).to_iter_dataset(threads))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, also in programs without them
+    read_apart = host.to_iter_dataset(threads).mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch or 1))
+    return closing(grain.experimental.ThreadPrefetchIterDataset(read_apart.map(onto), prefetch_buffer_size=prefetch))
 
 
 def closing(dataset: grain.IterDataset) -> Generator[Any]:
@@ -133,10 +128,9 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[s] for s in slices]))
 
 
-def read(dataset: RandomAccess, batch_size: int, rows: np.ndarray, step: int) -> Example:
+def read(dataset: Stream, batch_size: int, rows: np.ndarray, step: int) -> Example:
     """Rows `rows` of global batch `step`, each field stacked."""
-    indices = step * batch_size + rows
-    return dataset.rows(indices) if hasattr(dataset, "rows") else stack([dataset[i] for i in indices.tolist()])
+    return dataset.rows(step * batch_size + rows)
 
 
 def place(sharding: NamedSharding, batch_size: int, local: Example) -> tuple[dict[str, jax.Array], dict[str, Any]]:

@@ -172,7 +172,7 @@ for devices in (d, [d[0], d[2], d[1], d[3]]):  # the second: each process's rows
     sharding = batch_sharding(make_mesh(devices=devices))
     for step, (batch, host) in enumerate(pipeline.batches(dataset, batch_size=8, sharding=sharding, first_step=3,
                                                           last_step=5), start=3):
-        expected = [int(dataset.order[step * 8 + r]) for r in range(8)]
+        expected = dataset.order(step * 8 + np.arange(8)).tolist()
         for shard in batch["x"].addressable_shards:
             assert np.asarray(shard.data).tolist() == expected[shard.index[0]]
 '''
