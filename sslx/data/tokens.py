@@ -86,15 +86,14 @@ class Prepared(Windows):
         super().__init__(Shards([folder / s.file for s in shards], sizes, dtype), sizes, length, eod)
         self.folder, self.vocab_size = folder, vocab_size
 
-    def rows(self, indices_B: np.ndarray) -> Example:
-        fields = super().rows(indices_B)
-        tokens_BT = fields["tokens"]
-        if tokens_BT.size and tokens_BT.view(np.uint32).max() >= self.vocab_size:  # what is negative is large
-            foreign = np.flatnonzero(((tokens_BT < 0) | (tokens_BT >= self.vocab_size)).any(axis=1))[0]
+    def gather(self, indices_B: np.ndarray) -> np.ndarray:
+        tokens_BT = super().gather(indices_B)
+        if tokens_BT.size and tokens_BT.max() >= self.vocab_size:
+            foreign = np.flatnonzero((tokens_BT >= self.vocab_size).any(axis=1))[0]
             raise UserError(f"window {indices_B[foreign]} of {self.folder} holds tokens beyond its vocabulary of"
                             f" {self.vocab_size}: a shard is damaged. Which one, says"
                             f" python -m sslx.data.prepare --verify {self.folder}")
-        return fields
+        return tokens_BT
 
 
 def make(*, path: str, split: Literal["train", "heldout"] = "train", length: Count, documents: bool = False) -> Source:

@@ -29,7 +29,7 @@ class Windows:
         return {name: x[0] for name, x in self.rows(np.array([index])).items()}
 
     def rows(self, indices_B: np.ndarray) -> Example:
-        tokens_BT = self.gather(indices_B)
+        tokens_BT = self.gather(indices_B).astype(np.int32, copy=False)
         fields: Example = {"tokens": tokens_BT}
         if self.eod is not None:
             fields["segment_ids"], fields["positions"] = documents(tokens_BT, self.eod)
@@ -38,11 +38,10 @@ class Windows:
         return fields
 
     def gather(self, indices_B: np.ndarray) -> np.ndarray:
-        """The tokens int32[B, T] of the windows."""
-        if len(self.shards) == 1:  # all rows at once, read in the width in which they are stored
-            windows_ST = self.shards[0][:len(self) * self.length].reshape(len(self), self.length)
-            return windows_ST[indices_B].astype(np.int32, copy=False)
-        tokens_BT = np.empty((len(indices_B), self.length), np.int32)
+        """The tokens [B, T] of the windows, in the width in which they are stored."""
+        if len(self.shards) == 1:
+            return self.shards[0][:len(self) * self.length].reshape(len(self), self.length)[indices_B]
+        tokens_BT = np.empty((len(indices_B), self.length), self.shards[0].dtype)
         for row_T, index in zip(tokens_BT, indices_B.tolist(), strict=True):
             self.fill(row_T, index * self.length)
         return tokens_BT

@@ -80,7 +80,7 @@ def compared(case: str, dtype: str, rounds: int, steps: int, python: str,
 
 def write(case: str, data: pathlib.Path) -> None:
     """What a case reads: 64 M tokens of random letters, or 256 JPEGs of smooth noise."""
-    if case == "tokens":
+    if case in ("rows", "tokens"):
         from sslx.data.prepare import prepare
 
         (data / "text").mkdir()

@@ -21,9 +21,10 @@ CASES = {
     "simclr": Case("SimCLR, ResNet-18, views included", 16, 64),
     "dino": Case("DINO, ViT-S/8, 2 + 4 crops, views included", 8, 64),
     "t5": Case("T5, 6 + 6 layers of 384, 512 -> 114", 4, 512),
-    "tokens": Case("reading windows of 1024 tokens", 64, 1024),
+    "rows": Case("windows of 1024 tokens, on the host", 64, 1024),
+    "tokens": Case("windows of 1024 tokens, read ahead and placed on the device", 64, 1024),
     "jpeg": Case("JPEG of 375 x 500 to a training view", 32, 224),
 }
-INPUTS = ("tokens", "jpeg")  # no dtype
+INPUTS = ("rows", "tokens", "jpeg")  # no dtype
 DINO = dict(local_size=32, n_local=4, prototypes=4096, hidden=2048, bottleneck=256)
 BERT_VOCABULARY, T5_VOCABULARY, T5_TARGETS = 30522, 32128, 114

@@ -1,14 +1,17 @@
 """The same shapes here: configs, and what one step of each does."""
 
+import itertools
 import pathlib
 import sys
 from collections.abc import Callable
 
 import jax
 import ml_collections
+import numpy as np
 from cases import BERT_VOCABULARY, CASES, DINO, HEADS, INPUTS, PIXELS, T5_VOCABULARY, WIDTH
 
 from sslx import bench, experiment, platforms, state, train
+from sslx.data import pipeline
 from sslx.views.image import augment
 
 TEXT = dict(width=WIDTH, heads=HEADS, norm="layer", mlp="gelu", scan=False)
@@ -42,7 +45,7 @@ def sections(name: str, data: pathlib.Path) -> tuple[dict, dict, dict]:
             crops = dict(global_view=dict(size=size, scale=(0.4, 1.0)), n_local=DINO["n_local"],
                          local_view=dict(size=DINO["local_size"], scale=(0.05, 0.4)))
             return dict(VIT, image_size=size, pool="cls"), dict(head, **crops, name="dino", steps=1000), images
-        case "tokens":
+        case "tokens" | "rows":
             return dict(small, vocab_size=384), dict(name="causal_lm"), dict(name="tokens", path=str(data / "tokens"),
                                                                              length=size)
         case "jpeg":
@@ -66,6 +69,10 @@ def made(name: str, dtype: str, data: pathlib.Path) -> Callable[[], None]:
     platforms.enable_compilation_cache()
     built = experiment.build(config(name, dtype, data), jax.devices()[:1])
     jax.set_mesh(built.mesh)
+    if name == "rows":
+        stream, rows = pipeline.stream(built.source, seed=0), np.arange(CASES[name].batch)
+        steps = itertools.count()
+        return lambda: pipeline.read(stream, CASES[name].batch, rows, next(steps))
     batches = built.batches(0, bench.NO_END)
     if name == "tokens":
         return lambda: jax.block_until_ready(next(batches)[0])
