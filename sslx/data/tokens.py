@@ -11,7 +11,7 @@ import numpy as np
 
 from sslx import config
 from sslx.config import Count, UserError
-from sslx.data import Example, Info, Source, header, tokenize
+from sslx.data import Info, Source, header, tokenize
 from sslx.data.fingerprint import fingerprint
 from sslx.data.header import Size
 from sslx.data.windows import Windows
