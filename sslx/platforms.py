@@ -15,8 +15,8 @@ import sys
 CPU_FLAGS = ("--xla_cpu_experimental_onednn_custom_call=true", "--xla_cpu_experimental_ynn_fusion_type=-reduce",
              "--xla_disable_hlo_passes=cse_barrier_expander")
 # mallopt: one heap, nothing by mmap, nothing given back. Every step frees its buffers and asks for them again; as
-# glibc does it the kernel clears their pages each time, a quarter of the time of a step of 2 GFLOP.
-MALLOC = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1), "M_ARENA_MAX": (-8, 1)}
+# glibc does it the kernel clears their pages each time, a quarter of the time of a step of 2 GFLOP. -1 is no bound.
+MALLOC = {"M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, -1), "M_ARENA_MAX": (-8, 1)}
 # Overlaps collectives with compute.
 GPU_FLAGS = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
 
