@@ -43,6 +43,7 @@ class Decoder(nn.Module):
     depth: int
     block: dict[str, Any]
     features: int
+    scan: bool
     remat: Remat
     dtype: Any
 
@@ -54,7 +55,7 @@ class Decoder(nn.Module):
         hidden_BHD = jnp.broadcast_to(mask_D, (len(x_BMD), n_hidden, self.width), out_sharding=spec("batch"))
         x_BND = jnp.take_along_axis(jnp.concatenate([x_BMD, hidden_BHD], 1), restore_BN[..., None], 1)
         x_BND = x_BND + sincos_2d(*self.grid, self.width).astype(self.dtype)
-        x_BND = Stack(self.depth, self.block, remat=self.remat, name="stack")(x_BND, mask="bidirectional")
+        x_BND = Stack(self.depth, self.block, self.scan, self.remat, name="stack")(x_BND, mask="bidirectional")
         x_BND = whole(Norm(name="norm")(x_BND))
         return Linear(self.features, ("embed", None), dtype=self.dtype, name="pixels")(x_BND).astype(jnp.float32)
 
@@ -84,7 +85,7 @@ def make(model: VisionTransformer, info: Info, *, view: dict[str, Any], mask_rat
     n_cls = int(model.pool == "cls")
     shape = (model.grid[0] * model.patch, model.grid[1] * model.patch, info.shape[2])
     decoder = Decoder(model.grid, decoder_width, decoder_depth, dict(heads=decoder_heads, dtype=model.dtype),
-                      model.patch**2 * info.shape[2], model.remat, model.dtype)
+                      model.patch**2 * info.shape[2], model.scan, model.remat, model.dtype)
 
     def init(key, batch):
         key_encoder, key_decoder = jax.random.split(key)
