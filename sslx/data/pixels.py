@@ -37,6 +37,6 @@ def decode(content: bytes, size: int, record: str) -> np.ndarray:
         side = min(image.size)
         left, top = (image.width - side) / 2, (image.height - side) / 2
         # From the square alone: scaled whole, an image of 1 x 1,000,000 pixels would become one of many gigabytes.
-        square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC,
+        square = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR,
                                              box=(left, top, left + side, top + side))
     return np.asarray(square)
