@@ -24,8 +24,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_memory_that_is_asked_for_again_costs_no_page_faults(size):
     """Of the same program without: all pages, each time."""
     def faults(**variables: str) -> int:
-        said = subprocess.run([sys.executable, "-c", TOUCHED, str(size)], cwd=ROOT, check=True, text=True,
-                              capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables).stdout.splitlines()
+        done = subprocess.run([sys.executable, "-c", TOUCHED, str(size)], cwd=ROOT, check=True, text=True,
+                              capture_output=True, env=os.environ | {"JAX_PLATFORMS": "cpu"} | variables)
+        said = done.stdout.splitlines()
         assert ("M_MMAP_MAX=0" in said[0]) == ("SSLX_FLAGS" not in variables)
         return int(said[1])
 
