@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import pytest
 from command import CONFIGS
 from experiments import experiment
+from growth import __main__ as growth
 
-from sslx import bench, profile
+from sslx import bench, command, profile, state, train
 from sslx.data import Source
+from sslx.experiment import build
 
 QUICKSTART = ["--config", f"{CONFIGS / 'quickstart.py'}:debug"]
 
@@ -83,3 +85,19 @@ def test_lines_are_those_of_the_source():
 def test_mistakes(flags, words, capsys):
     assert bench.main([*QUICKSTART, *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", growth.AXES)
+def test_what_grows_is_what_is_named(name):
+    """Every point of tests/growth is a config that can be built, and costs more FLOPs than the one before."""
+    axis = growth.AXES[name]
+    for variant in axis.variants:
+        costs = []
+        for value in axis.values[:2]:
+            conf, _ = command.parse("bench", "", bench.FLAGS, growth.flags(axis, value, variant))
+            built = build(conf, jax.devices()[:1])
+            with jax.set_mesh(built.mesh):
+                batch = next(built.batches(0, 1))[0]
+                unborn = state.abstract(built.objective, built.optimizer, 0, batch)
+                costs.append(train.count_flops(built.objective, unborn, batch))
+        assert costs[0].model_total < costs[1].model_total <= costs[1].hw_total

@@ -42,8 +42,8 @@ class Side:
             raise RuntimeError(pathlib.Path(self.errors.name).read_text()[-2000:])
         return json.loads(line)
 
-    def steps(self, n: int) -> list[float]:
-        self.process.stdin.write(f"{n}\n")
+    def told(self, what: str | int) -> list[float]:
+        self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
         return self.answer()
 
@@ -55,7 +55,7 @@ class Side:
 
 def compared(case: str, dtype: str, rounds: int, steps: int, python: str,
              data: pathlib.Path) -> dict[str, Any]:
-    """{side: {"step_s": median, "spread": [low, high], "first_step_s"} or {"failed": why}}."""
+    """{side: {"step_s": median, "spread": [low, high], "first_step_s", "mfu" or None} or {"failed": why}}."""
     found: dict[str, Any] = {}
     sides = {}
     for name, (side, best) in SIDES.items():
@@ -67,14 +67,15 @@ def compared(case: str, dtype: str, rounds: int, steps: int, python: str,
             found[name] = dict(failed=str(error).strip().splitlines()[-1])
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for side in sides.values():
-        side.steps(2)
+        side.told(2)
     for _ in range(rounds):
         for name, side in sides.items():
-            seconds[name].append(statistics.fmean(side.steps(steps)))
+            seconds[name].append(statistics.fmean(side.told(steps)))
     for name, side in sides.items():
+        step_s, limits = statistics.median(seconds[name]), side.told("limits")
         side.end()
-        found[name] = dict(step_s=statistics.median(seconds[name]), first_step_s=side.first_step_s,
-                           spread=[min(seconds[name]), max(seconds[name])])
+        found[name] = dict(step_s=step_s, spread=[min(seconds[name]), max(seconds[name])],
+                           first_step_s=side.first_step_s, mfu=limits[0] / step_s / limits[1] if limits else None)
     return found
 
 
@@ -105,14 +106,15 @@ def row(case: str, dtype: str, found: dict[str, Any]) -> str:
             cells.append(f"failed: {one['failed'][:60]}")
             continue
         low, high = one["spread"]
-        cell = f"{1e3 * one['step_s']:.0f} ({1e3 * low:.0f} to {1e3 * high:.0f}), first {one['first_step_s']:.1f} s"
+        cell = f"{1e3 * one['step_s']:.3g} ({1e3 * low:.3g} to {1e3 * high:.3g}), first {one['first_step_s']:.1f} s"
+        cell += f", MFU {one['mfu']:.0%}" if one["mfu"] else ""
         cells.append(cell if name == "sslx" or "failed" in ours else f"{cell}: {one['step_s'] / ours['step_s']:.2f}x")
     return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python tests/peers", usage=__doc__)
-    parser.add_argument("cases", nargs="*", default=[*CASES], choices=[*CASES, []])
+    parser.add_argument("cases", nargs="*", default=[], choices=[*CASES, []])
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3)

@@ -4,13 +4,14 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 from cases import BERT_VOCABULARY, CASES, DINO, HEADS, INPUTS, PIXELS, T5_VOCABULARY, WIDTH
 
-from sslx import bench, experiment, platforms, state, train
+from sslx import bench, experiment, flops, platforms, state, train
 from sslx.data import pipeline
 from sslx.views.image import augment
 
@@ -63,8 +64,8 @@ def config(name: str, dtype: str, data: pathlib.Path) -> ml_collections.ConfigDi
         data=dict(batch_size=CASES[name].batch, train=rows), optim=dict(steps=1000, learning_rate=1e-3)))
 
 
-def made(name: str, dtype: str, data: pathlib.Path) -> Callable[[], None]:
-    """A function that takes one step."""
+def made(name: str, dtype: str, data: pathlib.Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """(a function that takes one step, one that says the FLOPs of its mathematics and what a product does here a s)."""
     print(platforms.prepare(), file=sys.stderr)
     platforms.enable_compilation_cache()
     built = experiment.build(config(name, dtype, data), jax.devices()[:1])
@@ -72,14 +73,15 @@ def made(name: str, dtype: str, data: pathlib.Path) -> Callable[[], None]:
     if name == "rows":
         stream, rows = pipeline.stream(built.source, seed=0), np.arange(CASES[name].batch)
         steps = itertools.count()
-        return lambda: pipeline.read(stream, CASES[name].batch, rows, next(steps))
+        return lambda: pipeline.read(stream, CASES[name].batch, rows, next(steps)), list
     batches = built.batches(0, bench.NO_END)
     if name == "tokens":
-        return lambda: jax.block_until_ready(next(batches)[0])
+        return lambda: jax.block_until_ready(next(batches)[0]), list
     if name == "jpeg":
         view = jax.jit(lambda images, i: augment(jax.random.key(i), images, **sections(name, data)[1]["view"]))
-        return lambda: view(next(batches)[0]["image"], 0).block_until_ready()
-    current = state.create(built.objective, built.optimizer, 0, next(batches)[0])
+        return lambda: view(next(batches)[0]["image"], 0).block_until_ready(), list
+    first = next(batches)[0]
+    current = state.create(built.objective, built.optimizer, 0, first)
     fn = train.step_of(built)
 
     def step() -> None:
@@ -87,4 +89,8 @@ def made(name: str, dtype: str, data: pathlib.Path) -> Callable[[], None]:
         current, metrics = fn(current, next(batches)[0])
         metrics["loss"].block_until_ready()
 
-    return step
+    def limits() -> list[float]:
+        counted = train.count_flops(built.objective, current, first)
+        return [counted.model_total, flops.ceiling(jax.devices()[0], dtype)]
+
+    return step, limits

@@ -1,6 +1,7 @@
 """One side of a comparison, in a process of its own: `worker.py SIDE CASE DTYPE BEST DATA BEGAN`.
 
-Takes a first step and says when it ended, then for every number on stdin so many steps, and says their seconds.
+Takes a first step and says when it ended, then for every number on stdin so many steps, and says their seconds. Told
+"limits", sslx says the FLOPs of a step and the fastest product's a second.
 """
 
 import importlib
@@ -13,10 +14,14 @@ import time
 def main(side: str, case: str, dtype: str, best: str, data: str, began: str) -> None:
     sided = importlib.import_module(side)
     folder = pathlib.Path(data)
-    step = sided.made(case, dtype, folder) if side == "ours" else getattr(sided, case)(dtype, best == "best", folder)
+    step, limits = (sided.made(case, dtype, folder) if side == "ours" else
+                    (getattr(sided, case)(dtype, best == "best", folder), list))
     step()
     print(json.dumps(time.time() - float(began)), flush=True)
     for line in sys.stdin:
+        if line == "limits\n":
+            print(json.dumps(limits()), flush=True)
+            continue
         seconds = []
         for _ in range(int(line)):
             start = time.perf_counter()
