@@ -9,50 +9,54 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from cases import BERT_VOCABULARY, CASES, DINO, HEADS, INPUTS, PIXELS, T5_VOCABULARY, WIDTH
+from cases import CASES, DINO, INPUTS, LARGE, PIXELS
 
 from sslx import bench, experiment, flops, platforms, state, train
 from sslx.data import pipeline
 from sslx.views.image import augment
 
-TEXT = dict(width=WIDTH, heads=HEADS, norm="layer", mlp="gelu", scan=False)
-VIT = dict(name="vit", patch=8, width=WIDTH, depth=12, heads=HEADS, norm="layer", scan=False)
-
 
 def sections(name: str, data: pathlib.Path) -> tuple[dict, dict, dict]:
     """(model, objective, rows)."""
-    size = CASES[name].size
-    text = dict(name="synthetic", n=4096, modality="text", length=size)
-    images = dict(name="synthetic", n=4096, modality="image", size=PIXELS)
-    small = dict(TEXT, name="transformer", depth=6, max_length=size)
+    case = CASES[name]
+    size, shape = case.size, dict(width=case.width, depth=case.depth, heads=case.heads, norm="layer", scan=False)
+    text = dict(name="synthetic", n=4096, modality="text", length=size, vocab_size=case.vocabulary)
+    images = dict(name="synthetic", n=4096, modality="image", size=size if name in LARGE else PIXELS)
+    transformer = dict(shape, name="transformer", vocab_size=case.vocabulary, max_length=size)
+    vit = dict(shape, name="vit", image_size=size, patch=16 if name in LARGE else 8)
+    still = dict(size=size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0)
     match name:
-        case "gpt":
-            return dict(small, vocab_size=256), dict(name="causal_lm"), dict(text, vocab_size=256)
+        case "gpt" | "gpt2":
+            return transformer, dict(name="causal_lm"), text
+        case "llama":
+            llama = dict(norm="rms", mlp="swiglu", position="rope", bias=False, tied=False, kv_heads=case.heads // 2,
+                         hidden=11 * case.width // 4, remat="full", loss_chunks=4)
+            return transformer | llama, dict(name="causal_lm"), text
         case "bert":
-            return dict(small, vocab_size=BERT_VOCABULARY), dict(name="masked_lm"), dict(
-                text, vocab_size=BERT_VOCABULARY)
+            return transformer, dict(name="masked_lm"), text
         case "t5":
-            model = dict(TEXT, name="encdec", depth=6, norm="rms", vocab_size=T5_VOCABULARY)
-            return model, dict(name="span_corruption"), dict(text, vocab_size=T5_VOCABULARY)
-        case "mae":
-            view = dict(size=size, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0)
+            model = dict(shape, name="encdec", norm="rms", vocab_size=case.vocabulary)
+            return model, dict(name="span_corruption"), text
+        case "mae" | "mae_l":
             decoder = dict(decoder_width=512, decoder_depth=8, decoder_heads=16)
-            return dict(VIT, image_size=size), dict(decoder, name="mae", view=view), images
+            return vit, dict(decoder, name="mae", view=still), images
         case "simclr":
             model = dict(name="resnet", stages=(2, 2, 2, 2), width=64, stem="imagenet")
             return model, dict(name="simclr", view=dict(size=size), hidden=512, features=128), images
+        case "simclr_50":
+            model = dict(name="resnet", stages=(3, 4, 6, 3), width=64, stem="imagenet", bottleneck=True)
+            return model, dict(name="simclr", view=still, hidden=2048, features=128), images
         case "dino":
             head = dict(n_prototypes=DINO["prototypes"], hidden=DINO["hidden"], bottleneck=DINO["bottleneck"])
             crops = dict(global_view=dict(size=size, scale=(0.4, 1.0)), n_local=DINO["n_local"],
                          local_view=dict(size=DINO["local_size"], scale=(0.05, 0.4)))
-            return dict(VIT, image_size=size, pool="cls"), dict(head, **crops, name="dino", steps=1000), images
+            return dict(vit, pool="cls"), dict(head, **crops, name="dino", steps=1000), images
         case "tokens" | "rows":
-            return dict(small, vocab_size=384), dict(name="causal_lm"), dict(name="tokens", path=str(data / "tokens"),
-                                                                             length=size)
+            return dict(transformer, vocab_size=384), dict(name="causal_lm"), dict(
+                name="tokens", path=str(data / "tokens"), length=size)
         case "jpeg":
             view = dict(size=size, scale=(0.2, 1.0), flip=0.5, jitter=0.0, blur=0.0)
-            return dict(VIT, image_size=size), dict(name="mae", view=view), dict(
-                name="folder", path=str(data / "images"), size=256)
+            return vit, dict(name="mae", view=view), dict(name="folder", path=str(data / "images"), size=256)
     raise KeyError(name)
 
 
@@ -65,7 +69,7 @@ def config(name: str, dtype: str, data: pathlib.Path) -> ml_collections.ConfigDi
 
 
 def made(name: str, dtype: str, data: pathlib.Path) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    """(a function that takes one step, one that says the FLOPs of its mathematics and what a product does here a s)."""
+    """(a function that takes one step, one that says the FLOPs of its mathematics and of this device in a second)."""
     print(platforms.prepare(), file=sys.stderr)
     platforms.enable_compilation_cache()
     built = experiment.build(config(name, dtype, data), jax.devices()[:1])
@@ -86,11 +90,14 @@ def made(name: str, dtype: str, data: pathlib.Path) -> tuple[Callable[[], Any], 
 
     def step() -> None:
         nonlocal current
-        current, metrics = fn(current, next(batches)[0])
+        # To draw noise for a large one on the host costs more than such a step.
+        current, metrics = fn(current, first if name in LARGE else next(batches)[0])
         metrics["loss"].block_until_ready()
 
     def limits() -> list[float]:
         counted = train.count_flops(built.objective, current, first)
-        return [counted.model_total, flops.ceiling(jax.devices()[0], dtype)]
+        device = jax.devices()[0]
+        sheet = flops.peak_flops(device, dtype) if device.platform != "cpu" else None
+        return [counted.model_total, sheet or flops.ceiling(device, dtype)]
 
     return step, limits

@@ -4,27 +4,31 @@
 """
 
 import contextlib
+import functools
 import pathlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cases import BERT_VOCABULARY, CASES, DINO, HEADS, PIXELS, T5_TARGETS, T5_VOCABULARY, WIDTH
+from cases import CASES, DINO, PIXELS, T5_TARGETS, Case
 from torch import nn
 
 RNG = np.random.default_rng(0)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.norm_1, self.norm_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x):
         B, T, D = x.shape
-        q, k, v = (y.view(B, T, HEADS, D // HEADS).transpose(1, 2) for y in self.qkv(self.norm_1(x)).split(D, 2))
+        heads = (B, T, self.heads, D // self.heads)
+        q, k, v = (y.view(heads).transpose(1, 2) for y in self.qkv(self.norm_1(x)).split(D, 2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
         return x + self.down(F.gelu(self.up(self.norm_2(x))))
@@ -33,10 +37,11 @@ class Block(nn.Module):
 class Gpt(nn.Module):
     """GPT-2's shape, the head tied to the table."""
 
-    def __init__(self, vocabulary: int, length: int):
+    def __init__(self, case: Case):
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocabulary, WIDTH), nn.Embedding(length, WIDTH)
-        self.blocks, self.norm = nn.ModuleList(Block() for _ in range(6)), nn.LayerNorm(WIDTH)
+        width = case.width
+        self.tokens, self.positions = nn.Embedding(case.vocabulary, width), nn.Embedding(case.size, width)
+        self.blocks, self.norm = nn.ModuleList(Block(width, case.heads) for _ in range(case.depth)), nn.LayerNorm(width)
 
     def forward(self, tokens):
         x = self.tokens(tokens) + self.positions.weight
@@ -64,22 +69,25 @@ def trained(model: nn.Module, loss_of, dtype: str, best: bool):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3, fused=best or None)
 
     def step():
-        half = torch.autocast("cpu", torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+        half = torch.autocast(DEVICE, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
         with half:
             loss = loss_of()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
 
     return step
 
 
 def compiled(model: nn.Module, best: bool) -> nn.Module:
+    model.to(DEVICE)
     return torch.compile(model) if best else model
 
 
 def noise(vocabulary: int, rows: int, length: int) -> torch.Tensor:
-    return torch.from_numpy(RNG.integers(0, vocabulary, (rows, length)))
+    return torch.from_numpy(RNG.integers(0, vocabulary, (rows, length))).to(DEVICE)
 
 
 def endless(loader):
@@ -116,51 +124,76 @@ def jpeg(dtype: str, best: bool, data: pathlib.Path):
     return lambda: next(batches)
 
 
-def gpt(dtype: str, best: bool, data: pathlib.Path):
-    case = CASES["gpt"]
-    model = Gpt(256, case.size)
+def gpt(dtype: str, best: bool, data: pathlib.Path, name: str = "gpt"):
+    case = CASES[name]
+    model = Gpt(case)
     run = compiled(model, best)
-    return trained(model, lambda: run(noise(256, case.batch, case.size)), dtype, best)
+    return trained(model, lambda: run(noise(case.vocabulary, case.batch, case.size)), dtype, best)
+
+
+gpt2 = functools.partial(gpt, name="gpt2")
+
+
+def llama(dtype: str, best: bool, data: pathlib.Path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    case = CASES["llama"]
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=case.vocabulary, hidden_size=case.width,
+                                         num_hidden_layers=case.depth, num_attention_heads=case.heads,
+                                         num_key_value_heads=case.heads // 2, intermediate_size=11 * case.width // 4,
+                                         max_position_embeddings=case.size, use_cache=False))
+    model.gradient_checkpointing_enable()
+    run = compiled(model, best)
+
+    def loss():
+        x = noise(case.vocabulary, case.batch, case.size)
+        return run(input_ids=x, labels=x).loss
+
+    return trained(model, loss, dtype, best)
 
 
 def bert(dtype: str, best: bool, data: pathlib.Path):
     from transformers import BertConfig, BertForMaskedLM
 
     case = CASES["bert"]
-    model = BertForMaskedLM(BertConfig(vocab_size=BERT_VOCABULARY, hidden_size=WIDTH, num_hidden_layers=6,
-                                       num_attention_heads=HEADS, intermediate_size=4 * WIDTH,
-                                       max_position_embeddings=case.size))
+    model = BertForMaskedLM(BertConfig(vocab_size=case.vocabulary, hidden_size=case.width,
+                                       num_hidden_layers=case.depth, num_attention_heads=case.heads,
+                                       intermediate_size=4 * case.width, max_position_embeddings=case.size))
     run = compiled(model, best)
 
     def loss():
-        x = noise(BERT_VOCABULARY, case.batch, case.size)
-        chosen = torch.rand(x.shape) < 0.15
+        x = noise(case.vocabulary, case.batch, case.size)
+        chosen = torch.rand(x.shape, device=DEVICE) < 0.15
         return run(input_ids=x.masked_fill(chosen, 103), labels=x.masked_fill(~chosen, -100)).loss
 
     return trained(model, loss, dtype, best)
 
 
-def mae(dtype: str, best: bool, data: pathlib.Path):
+def mae(dtype: str, best: bool, data: pathlib.Path, name: str = "mae", patch: int = 8):
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    case = CASES["mae"]
-    model = ViTMAEForPreTraining(ViTMAEConfig(hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=HEADS,
-                                              intermediate_size=4 * WIDTH, image_size=case.size, patch_size=8,
-                                              norm_pix_loss=True))
-    run = compiled(model, best)
-    return trained(model, lambda: run(pixel_values=torch.rand(case.batch, 3, case.size, case.size)).loss, dtype, best)
+    case = CASES[name]
+    model = ViTMAEForPreTraining(ViTMAEConfig(hidden_size=case.width, num_hidden_layers=case.depth,
+                                              num_attention_heads=case.heads, intermediate_size=4 * case.width,
+                                              image_size=case.size, patch_size=patch, norm_pix_loss=True))
+    run, shape = compiled(model, best), (case.batch, 3, case.size, case.size)
+    return trained(model, lambda: run(pixel_values=torch.rand(shape, device=DEVICE)).loss, dtype, best)
+
+
+mae_l = functools.partial(mae, name="mae_l", patch=16)
 
 
 def t5(dtype: str, best: bool, data: pathlib.Path):
     from transformers import T5Config, T5ForConditionalGeneration
 
     case = CASES["t5"]
-    model = T5ForConditionalGeneration(T5Config(vocab_size=T5_VOCABULARY, d_model=WIDTH, d_kv=WIDTH // HEADS,
-                                                d_ff=4 * WIDTH, num_layers=6, num_heads=HEADS, dropout_rate=0.0,
+    model = T5ForConditionalGeneration(T5Config(vocab_size=case.vocabulary, d_model=case.width,
+                                                d_kv=case.width // case.heads, d_ff=4 * case.width,
+                                                num_layers=case.depth, num_heads=case.heads, dropout_rate=0.0,
                                                 decoder_start_token_id=0))
-    run = compiled(model, best)
-    return trained(model, lambda: run(input_ids=noise(32000, case.batch, case.size),
-                                      labels=noise(32000, case.batch, T5_TARGETS)).loss, dtype, best)
+    run, words = compiled(model, best), case.vocabulary - 128
+    return trained(model, lambda: run(input_ids=noise(words, case.batch, case.size),
+                                      labels=noise(words, case.batch, T5_TARGETS)).loss, dtype, best)
 
 
 def pictures(n: int) -> list:
@@ -172,7 +205,7 @@ def pictures(n: int) -> list:
 def views_of(transform, shown: list, rows: int) -> list[torch.Tensor]:
     """The views of a batch of pictures drawn at random, each [rows, C, H, W]."""
     each = [transform(shown[i]) for i in RNG.integers(0, len(shown), rows)]
-    return [torch.stack(view) for view in zip(*each, strict=True)]
+    return [torch.stack(view).to(DEVICE) for view in zip(*each, strict=True)]
 
 
 def simclr(dtype: str, best: bool, data: pathlib.Path):
@@ -191,6 +224,19 @@ def simclr(dtype: str, best: bool, data: pathlib.Path):
     return trained(model, lambda: criterion(*map(run, views_of(views, shown, case.batch))), dtype, best)
 
 
+def simclr_50(dtype: str, best: bool, data: pathlib.Path):
+    from lightly.loss import NTXentLoss
+    from lightly.models.modules import SimCLRProjectionHead
+    from torchvision.models import resnet50
+
+    case = CASES["simclr_50"]
+    backbone = resnet50()
+    backbone.fc = nn.Identity()
+    model = nn.Sequential(backbone, SimCLRProjectionHead(2048, 2048, 128))
+    run, criterion, shape = compiled(model, best), NTXentLoss(0.1), (case.batch, 3, case.size, case.size)
+    return trained(model, lambda: criterion(*(run(torch.rand(shape, device=DEVICE)) for _ in range(2))), dtype, best)
+
+
 def dino(dtype: str, best: bool, data: pathlib.Path):
     from lightly.loss import DINOLoss
     from lightly.models.modules import DINOProjectionHead
@@ -203,10 +249,11 @@ def dino(dtype: str, best: bool, data: pathlib.Path):
     class Network(nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder = ViTModel(ViTConfig(hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=HEADS,
-                                              intermediate_size=4 * WIDTH, image_size=case.size, patch_size=8,
-                                              hidden_dropout_prob=0.0), add_pooling_layer=False)
-            self.head = DINOProjectionHead(WIDTH, DINO["hidden"], DINO["bottleneck"], DINO["prototypes"])
+            self.encoder = ViTModel(ViTConfig(hidden_size=case.width, num_hidden_layers=case.depth,
+                                              num_attention_heads=case.heads, intermediate_size=4 * case.width,
+                                              image_size=case.size, patch_size=8, hidden_dropout_prob=0.0),
+                                    add_pooling_layer=False)
+            self.head = DINOProjectionHead(case.width, DINO["hidden"], DINO["bottleneck"], DINO["prototypes"])
 
         def forward(self, x):
             return self.head(self.encoder(x, interpolate_pos_encoding=True).last_hidden_state[:, 0])
@@ -215,7 +262,7 @@ def dino(dtype: str, best: bool, data: pathlib.Path):
     deactivate_requires_grad(teacher)
     of_student, of_teacher = compiled(student, best), compiled(teacher, best)
     views = DINOTransform(global_crop_size=case.size, local_crop_size=DINO["local_size"], n_local_views=DINO["n_local"])
-    criterion, shown = DINOLoss(output_dim=DINO["prototypes"]), pictures(256)
+    criterion, shown = DINOLoss(output_dim=DINO["prototypes"]).to(DEVICE), pictures(256)
 
     def loss():
         update_momentum(student, teacher, 0.99)
