@@ -62,12 +62,12 @@ def main(arguments: list[str]) -> int:
         distributed.finish()
     except (Exception, KeyboardInterrupt) as error:
         status, reason = ending(error, workdir)
-        sys.stdout.flush()
         if process is not None:
-            distributed.fail(status, reason)
+            # At once: Python would wait for the threads that compile, read and save, or they would fail once more.
+            distributed.abort(status, reason)
         print(f"\n{reason}", file=sys.stderr, flush=True)
         if isinstance(error, KeyboardInterrupt):
-            os._exit(status)  # Python would wait for the threads of compilers and readers, or crash in them
+            os._exit(status)
         return status
     if process == 0:
         print(f"{'finished' if finished else 'stopped'} after {time.monotonic() - began:.0f} s")
