@@ -100,7 +100,7 @@ def of_steps(built: Experiment, steps: int, began: float, profile: str | None) -
     ceiling = max(before, flops.ceiling(device, dtype)) / sharing
     step_s = Spread.of(seconds)
     model, hardware = (n / mesh.size / step_s.median for n in (counted.model_total, counted.hw_total))
-    sheet = flops.peak_flops(device, dtype) if device.platform != "cpu" else None
+    sheet = flops.sheet_flops(device, dtype)
     found = dict(
         device=device.device_kind, devices=mesh.size, dtype=dtype, batch_size=rows, first_step_s=first_step_s,
         trace_s=trace_s, compile_s=compile_s, steps=steps, step_s=step_s._asdict(), examples_per_s=rows / step_s.median,

@@ -378,6 +378,11 @@ def peak_flops(device: jax.Device, dtype: Any) -> float | None:
     """
     if device.platform == "cpu":
         return measured_peak(jnp.dtype(dtype).name) / len(jax.local_devices(backend="cpu"))
+    return sheet_flops(device, dtype)
+
+
+def sheet_flops(device: jax.Device, dtype: Any) -> float | None:
+    """`peak_flops` of the data sheet; None also for a CPU, which has none."""
     halves = jnp.dtype(dtype).itemsize == 2 or (device.platform == "tpu" and jnp.dtype(dtype) == jnp.float32)
     return PEAKS.get(device.device_kind) if halves else None
 

@@ -11,9 +11,8 @@ from command import CONFIGS
 from experiments import experiment
 from growth import __main__ as growth
 
-from sslx import bench, command, profile, state, train
+from sslx import aot, bench, command, profile, train
 from sslx.data import Source
-from sslx.experiment import build
 
 QUICKSTART = ["--config", f"{CONFIGS / 'quickstart.py'}:debug"]
 
@@ -95,9 +94,7 @@ def test_what_grows_is_what_is_named(name):
         costs = []
         for value in axis.values[:2]:
             conf, _ = command.parse("bench", "", bench.FLAGS, growth.flags(axis, value, variant))
-            built = build(conf, jax.devices()[:1])
-            with jax.set_mesh(built.mesh):
-                batch = next(built.batches(0, 1))[0]
-                unborn = state.abstract(built.objective, built.optimizer, 0, batch)
-                costs.append(train.count_flops(built.objective, unborn, batch))
+            step = aot.step_of(conf, jax.devices()[:1])
+            with jax.set_mesh(step.built.mesh):
+                costs.append(train.count_flops(step.built.objective, step.current, step.batch))
         assert costs[0].model_total < costs[1].model_total <= costs[1].hw_total

@@ -6,8 +6,7 @@ import sys
 import jax
 import pytest
 
-from sslx import state
-from sslx.experiment import build
+from sslx import aot
 
 sys.path.append(str(pathlib.Path(__file__).parent / "peers"))
 import cases  # noqa: E402
@@ -20,11 +19,8 @@ MILLIONS = {"gpt2": 124, "llama": 1169, "mae_l": 330, "simclr_50": 28}
 
 @pytest.mark.parametrize("name", [name for name in cases.CASES if name not in cases.INPUTS])
 def test_a_case_is_built_as_it_is_named(name):
-    built = build(ours.config(name, "bfloat16", pathlib.Path()), jax.devices()[:1])
-    with jax.set_mesh(built.mesh):
-        batch = next(built.batches(0, 1, rows=2))[0]
-        unborn = state.abstract(built.objective, built.optimizer, 0, batch)
-    n = sum(x.size for x in jax.tree.leaves(unborn.params))
+    step = aot.step_of(ours.config(name, "bfloat16", pathlib.Path()), jax.devices()[:1])
+    n = sum(x.size for x in jax.tree.leaves(step.current.params))
     if name in cases.LARGE:
         assert n == pytest.approx(MILLIONS[name] * 1e6, rel=0.01)
     assert n > 1e6

@@ -58,8 +58,8 @@ def point(axis: Axis, value: int, variant: str, steps: int) -> dict[str, Any]:
         subprocess.run([sys.executable, "-m", "sslx.bench", *flags(axis, value, variant), f"--steps={steps}",
                         f"--json={file}"], check=True, stdout=subprocess.DEVNULL)
         found = json.loads(file.read_text())
-    hardware_flops = found["flops_per_step"] * found["hfu"] / found["mfu"]
-    return dict(value=value, step_s=found["step_s"]["median"], flops=hardware_flops,
+    step_s = found["step_s"]["median"]  # on one device
+    return dict(value=value, step_s=step_s, flops=step_s * found["hardware_flops_per_s"],
                 bytes=found["temporary_bytes"], ceiling=found["ceiling"])
 
 

@@ -97,7 +97,6 @@ def made(name: str, dtype: str, data: pathlib.Path) -> tuple[Callable[[], Any], 
     def limits() -> list[float]:
         counted = train.count_flops(built.objective, current, first)
         device = jax.devices()[0]
-        sheet = flops.peak_flops(device, dtype) if device.platform != "cpu" else None
-        return [counted.model_total, sheet or flops.ceiling(device, dtype)]
+        return [counted.model_total, flops.sheet_flops(device, dtype) or flops.ceiling(device, dtype)]
 
     return step, limits
