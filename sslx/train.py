@@ -89,9 +89,8 @@ def gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array, ac
 
     Micro-batch i has the rows i mod `accumulate`. Gradients, float32, and metrics are means, `tokens` is the sum.
     """
-    grad_of = jax.value_and_grad(objective.loss, has_aux=True)
     if accumulate == 1:
-        (_, (aux, metrics)), grads = grad_of(params, aux, batch, key)
+        (_, (aux, metrics)), grads = loss_and_gradient(objective, params, aux, batch, key)
         return optax.tree.cast(grads, jnp.float32), aux, metrics
 
     # The batch dimension splits with the rows first, so that every micro-batch lies on all devices.
@@ -103,7 +102,7 @@ def gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array, ac
     def body(carry, part):
         total, aux = carry
         i, rows = part
-        (_, (new_aux, metrics)), grads = grad_of(params, aux, rows, jax.random.fold_in(key, i))
+        (_, (new_aux, metrics)), grads = loss_and_gradient(objective, params, aux, rows, jax.random.fold_in(key, i))
         return (jax.tree.map(jnp.add, total, grads), lying_as(new_aux, aux)), metrics
 
     start = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
@@ -112,11 +111,17 @@ def gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array, ac
     return jax.tree.map(lambda g: g / accumulate, total), aux, means
 
 
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def loss_and_gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array):
+    """((loss, (aux, metrics)), gradient); jitted to be traced once, for the count of FLOPs and for the step."""
+    return jax.value_and_grad(objective.loss, has_aux=True)(params, aux, batch, key)
+
+
 def count_flops(objective: Objective, current: TrainState, batch: Batch) -> flops.Flops:
     """FLOPs of one step: forward and backward of all networks on the global batch."""
-    grad_of = jax.value_and_grad(objective.loss, has_aux=True)
-    key = jax.eval_shape(lambda: jax.random.key(0))  # nothing is computed: the devices may not be here
-    return flops.count(grad_of, current.params, current.aux, batch, key)
+    # As in the step, that both are one trace. Nothing is computed: the devices may not be here.
+    key = jax.eval_shape(lambda step: jax.random.fold_in(jax.random.key(0), step), current.step)
+    return flops.count(functools.partial(loss_and_gradient, objective), current.params, current.aux, batch, key)
 
 
 def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
