@@ -478,6 +478,8 @@ class Stack(nn.Module):
                                   in_axes=(nn.broadcast, nn.broadcast))
                 x_BTD = scanned(Block(**options, name="blocks"), x_BTD, memory_BSD, masking)[0]
             else:
+                if not self.is_initializing():
+                    body = nn.jit(body)  # traced once, not for each block
                 for i in range(self.depth):
                     x_BTD = body(Block(**options, name=f"block_{i}"), x_BTD, memory_BSD, masking)
         return gather_time(zigzag.collect(x_BTD) if zigzagged else x_BTD)

@@ -1,5 +1,7 @@
 """The coordinate check of muP (Yang et al. 2022, appendix D): how far a few steps move every activation."""
 
+from unittest import mock
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,7 @@ def recorded(loss):
                 found[f"{path} {n}"] = result.astype(jnp.float32)
             return result
 
-        with nn.intercept_methods(record):
+        with nn.intercept_methods(record), mock.patch.object(nn, "jit", lambda body: body):  # traced where it is called
             value, (aux, _) = loss(*arguments)
         return value, (aux, found)
 
