@@ -111,9 +111,9 @@ def gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array, ac
     return jax.tree.map(lambda g: g / accumulate, total), aux, means
 
 
-@functools.partial(jax.jit, static_argnums=0, inline=True)
+@functools.partial(jax.jit, static_argnums=0)
 def loss_and_gradient(objective: Objective, params, aux, batch: Batch, key: jax.Array):
-    """((loss, (aux, metrics)), gradient); jitted to be traced once, for the count of FLOPs and for the step."""
+    """((loss, (aux, metrics)), gradient); jitted, to be traced once for the count of FLOPs and for the step."""
     return jax.value_and_grad(objective.loss, has_aux=True)(params, aux, batch, key)
 
 

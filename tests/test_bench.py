@@ -30,7 +30,8 @@ def test_figures_of_a_step_agree(tmp_path, capsys):
     assert 0 <= found["waited_share"] <= 1 and found["peak_bytes"] > found["temporary_bytes"] > 0
     shares = [line["share"] for line in found["dearest"]]
     assert len(shares) == 10 and shares == sorted(shares, reverse=True) and sum(shares) <= 1 + 1e-6
-    assert any(line["where"].startswith("layers.py:") for line in found["dearest"])
+    products = [line["where"] for line in found["dearest"] if line["does"] == "dot_general"]
+    assert products and all(where.startswith("layers.py:") for where in products)
     shown = capsys.readouterr().out
     assert "waiting for data" in shown and found["dearest"][0]["where"] in shown
 
