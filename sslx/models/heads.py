@@ -13,19 +13,26 @@ from sslx.sharding import gather
 
 
 class Projector(nn.Module):
-    """An MLP with global batch norm and ReLU between its layers; its output is normed but not scaled (SimCLR)."""
+    """An MLP with global batch norm and ReLU between its layers.
+
+    normed: the output is normed but not scaled. bias: of the last layer.
+    """
 
     hidden: int
     features: int
     depth: int = 2
     dtype: Any = jnp.float32
+    normed: bool = True
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x_BD, *, train: bool):
         for i in range(self.depth):
             last = i == self.depth - 1
-            x_BD = Linear(self.features if last else self.hidden, ("embed", None), bias=False, dtype=self.dtype)(x_BD)
-            x_BD = BatchNorm(affine=not last)(x_BD, train=train)
+            x_BD = Linear(self.features if last else self.hidden, ("embed", None), bias=last and self.bias,
+                          dtype=self.dtype)(x_BD)
+            if self.normed or not last:
+                x_BD = BatchNorm(affine=not last)(x_BD, train=train)
             x_BD = x_BD if last else nn.relu(x_BD)
         return x_BD
 
@@ -42,7 +49,9 @@ class Prototypes(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x_BD):
+    def __call__(self, x_BD, *, train: bool = True):
+        """Logits ([B, K]; `train` matters to heads with batch statistics)."""
+        del train
         for i in range(2):
             x_BD = nn.gelu(Linear(self.hidden, ("embed", None), dtype=self.dtype, name=f"mlp_{i}")(x_BD))
         x_BD = unit(Linear(self.bottleneck, ("embed", None), dtype=self.dtype, name="mlp_2")(x_BD))

@@ -13,12 +13,11 @@ from sslx import config
 from sslx.config import Count, Natural, Positive, Share
 from sslx.data import Info
 from sslx.models import Backbone
-from sslx.models import encode as encode_images
 from sslx.models.heads import Prototypes
 from sslx.objectives import Objective
-from sslx.objectives.image import check_images, grid_patches
+from sslx.objectives.joint import Crops, Tower, cosine, moving_average, objective
 from sslx.views import separate
-from sslx.views.image import augmentation, multi_crop, to_float
+from sslx.views.image import augmentation
 
 
 def self_distillation(student_VBK, teacher_GBK, centre_K, student_temperature: float, teacher_temperature):
@@ -37,17 +36,6 @@ def self_distillation(student_VBK, teacher_GBK, centre_K, student_temperature: f
     return loss / (len(teacher_GBK) * (len(student_VBK) - 1))
 
 
-def cosine(step, steps: int, first: float, last: float):
-    """From `first` to `last` along half a cosine over `steps` steps."""
-    progress = jnp.minimum(step / steps, 1.0)
-    return last + (first - last) * (1 + jnp.cos(jnp.pi * progress)) / 2
-
-
-def moving_average(old, new, momentum):
-    """m old + (1 - m) new, leaf by leaf, without a gradient."""
-    return jax.tree.map(lambda o, n: momentum * o + (1 - momentum) * jax.lax.stop_gradient(n), old, new)
-
-
 def make(model: Backbone, info: Info, *, steps: Count, global_view: dict[str, Any], local_view: dict[str, Any],
          n_local: Natural = 8, n_prototypes: Count = 65536, hidden: Count = 2048, bottleneck: Count = 256,
          student_temperature: Positive = 0.1, teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07),
@@ -59,60 +47,38 @@ def make(model: Backbone, info: Info, *, steps: Count, global_view: dict[str, An
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
     freeze_prototypes:   steps in which the last layer stays as it was drawn.
     """
-    check_images(model, info)
     views = [config.call(augmentation, global_view, "config.objective.global_view")] * 2
     local = config.call(augmentation, local_view, "config.objective.local_view")
-    head = Prototypes(hidden, bottleneck, n_prototypes, model.dtype)
+    tower = Tower(model, {"head": Prototypes(hidden, bottleneck, n_prototypes, model.dtype)})
 
-    def init(key, batch):
-        key_encoder, key_head = jax.random.split(key)
-        images = views[0](key, batch["image"])
-        encoder = dict(model.init(key_encoder, images, train=True, method="encode"))
-        h_BD = model.apply(encoder, images, train=False, method="encode")
-        params = {"encoder": encoder.pop("params"), "head": head.init(key_head, h_BD)["params"]}
-        aux = {"teacher": jax.tree.map(jnp.copy, params), "student_stats": encoder, "teacher_stats": encoder,
-               "centre": jnp.zeros(n_prototypes), "step": jnp.int32(0)}
-        return params, aux
+    def begin(params, stats):
+        return {"teacher": jax.tree.map(jnp.copy, params), "student_stats": stats, "teacher_stats": stats,
+                "centre": jnp.zeros(n_prototypes), "step": jnp.int32(0)}
 
-    def network(params, stats, images):
-        h_BD, stats = encode_images(model, params["encoder"], stats, images, train=True)
-        return head.apply({"params": params["head"]}, h_BD), stats
-
-    def loss(params, aux, batch, key):
-        step = aux["step"]
-        large, small = multi_crop(key, batch["image"], views, local, n_local)
+    def loss(params, aux, crops):
+        step, (large, small) = aux["step"], crops
         # The teacher follows the parameters that the last step left, so that it is part of this step.
         teacher = moving_average(aux["teacher"], params, cosine(step, steps, *momentum))
         with jax.named_scope("teacher"):
-            teacher_NK, teacher_stats = network(teacher, aux["teacher_stats"], large)
+            of_teacher, teacher_stats = tower(teacher, aux["teacher_stats"], large)
         drawn = params["head"]["prototypes"]
         frozen = jnp.where(step < freeze_prototypes, jax.lax.stop_gradient(drawn), drawn)
         student = params | {"head": params["head"] | {"prototypes": frozen}}
         with jax.named_scope("student"):
-            large_NK, student_stats = network(student, aux["student_stats"], large)
-            outputs = separate(large_NK, 2)
+            of_large, student_stats = tower(student, aux["student_stats"], large)
+            logits_VBK = separate(of_large["head"], 2)
             if n_local:
-                small_NK, student_stats = network(student, student_stats, small)
-                outputs += separate(small_NK, n_local)
+                of_small, student_stats = tower(student, student_stats, small)
+                logits_VBK += separate(of_small["head"], n_local)
         warm, final = teacher_temperature
         temperature = warm + (final - warm) * jnp.minimum(step / max(temperature_warmup, 1), 1.0)
-        teacher_GBK = separate(jax.lax.stop_gradient(teacher_NK), 2)
-        value = self_distillation(outputs, teacher_GBK, aux["centre"], student_temperature, temperature)
+        teacher_NK = jax.lax.stop_gradient(of_teacher["head"])
+        value = self_distillation(logits_VBK, separate(teacher_NK, 2), aux["centre"], student_temperature, temperature)
         centre = moving_average(aux["centre"], teacher_NK.mean(0), centre_momentum)
-        aux = {"teacher": teacher, "student_stats": student_stats, "teacher_stats": teacher_stats, "centre": centre,
-               "step": step + 1}
-        return value, (aux, {"loss": value, "tokens": jnp.int32(len(batch["image"]) * grid_patches(model, info))})
+        return value, {"teacher": teacher, "student_stats": student_stats, "teacher_stats": teacher_stats,
+                       "centre": centre, "step": step + 1}
 
-    def encode(params, aux, batch):
-        images, encoder = to_float(batch["image"]), aux["teacher"]["encoder"]
-        return encode_images(model, encoder, aux["teacher_stats"], images, train=False)[0].astype(jnp.float32)
+    def judged(params, aux):
+        return aux["teacher"]["encoder"], aux["teacher_stats"]["encoder"]
 
-    def show(params, aux, batch, key):
-        large, small = multi_crop(key, batch["image"], views, local, n_local)
-        shown = {"input": to_float(batch["image"])}
-        shown |= {f"large crop {i + 1}": crop for i, crop in enumerate(separate(large, 2))}
-        if n_local:
-            shown |= {f"small crop {i + 1}": crop for i, crop in enumerate(separate(small, n_local)[:4])}
-        return shown
-
-    return Objective(init, loss, encode, show)
+    return objective(tower, info, Crops(views, local, n_local), loss, begin, judged)

@@ -9,17 +9,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from sslx import config
 from sslx.config import Count, Positive, UserError
 from sslx.data import Info
 from sslx.models import Backbone
-from sslx.models import encode as encode_images
 from sslx.models.heads import Projector, unit
 from sslx.objectives import Objective
-from sslx.objectives.image import check_images, grid_patches
+from sslx.objectives.joint import Tower, objective, pair
 from sslx.sharding import replicate, spec
 from sslx.views import separate
-from sslx.views.image import augmentation, multi_view, to_float
 
 
 def nt_xent(a_BD, b_BD, temperature: float, chunks: int = 1):
@@ -48,42 +45,19 @@ def nt_xent(a_BD, b_BD, temperature: float, chunks: int = 1):
     return jax.nn.logsumexp(log_sum_CBV, 0).mean() - (a_BD * b_BD).sum(1).mean() / temperature
 
 
-def make(model: Backbone, info: Info, *, view: dict[str, Any], temperature: Positive = 0.1, chunks: Count = 1,
-         hidden: Count = 2048, features: Count = 128, depth: Count = 2) -> Objective:
-    """SimCLR with a projector of `depth` layers; `view` holds the arguments of `views.image.augmentation`.
+def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str, Any] | None = None,
+         temperature: Positive = 0.1, chunks: Count = 1, hidden: Count = 2048, features: Count = 128,
+         depth: Count = 2) -> Objective:
+    """SimCLR with a projector of `depth` layers.
 
+    view:   arguments of `views.image.augmentation`. second: what is otherwise in the second view.
     chunks: in which the products of all pairs are made, and made again for the gradient: for batches of thousands.
     """
-    check_images(model, info)
-    augment = config.call(augmentation, view, "config.objective.view")
-    projector = Projector(hidden, features, depth, model.dtype)
+    tower = Tower(model, {"projector": Projector(hidden, features, depth, model.dtype)})
 
-    def init(key, batch):
-        key_encoder, key_projector = jax.random.split(key)
-        encoder = dict(model.init(key_encoder, augment(key, batch["image"]), train=True, method="encode"))
-        h_BD = model.apply(encoder, augment(key, batch["image"]), train=False, method="encode")
-        head = dict(projector.init(key_projector, h_BD, train=True))
-        params = {"encoder": encoder.pop("params"), "projector": head.pop("params")}
-        return params, {"encoder": encoder, "projector": head}
-
-    def loss(params, aux, batch, key):
-        images = multi_view(key, batch["image"], [augment, augment])
-        with jax.named_scope("encoder"):
-            h_ND, encoder = encode_images(model, params["encoder"], aux["encoder"], images, train=True)
-        with jax.named_scope("projector"):
-            z_ND, head = projector.apply({"params": params["projector"], **aux["projector"]}, h_ND, train=True,
-                                         mutable=list(aux["projector"]))
+    def loss(params, aux, crops):
+        made, stats = tower(params, aux["stats"], crops[0])
         with jax.named_scope("loss"):
-            value = nt_xent(*separate(unit(z_ND), 2), temperature, chunks)
-        metrics = {"loss": value, "tokens": jnp.int32(len(batch["image"]) * grid_patches(model, info))}
-        return value, ({"encoder": encoder, "projector": head}, metrics)
+            return nt_xent(*separate(unit(made["projector"]), 2), temperature, chunks), {"stats": stats}
 
-    def encode(params, aux, batch):
-        images = to_float(batch["image"])
-        return encode_images(model, params["encoder"], aux["encoder"], images, train=False)[0].astype(jnp.float32)
-
-    def show(params, aux, batch, key):
-        first, second = separate(multi_view(key, batch["image"], [augment, augment]), 2)
-        return {"input": to_float(batch["image"]), "view 1": first, "view 2": second}
-
-    return Objective(init, loss, encode, show)
+    return objective(tower, info, pair(view, second), loss)

@@ -101,18 +101,17 @@ def multi_view(key: jax.Array, images_BHWC: jax.Array, kinds: Sequence[View]) ->
     return views.interleave([view(jax.random.fold_in(key, v), images_BHWC) for v, view in enumerate(kinds)])
 
 
-def multi_crop(key: jax.Array, images_BHWC: jax.Array, global_: Sequence[View], local: View,
+def multi_crop(key: jax.Array, images_BHWC: jax.Array, global_: Sequence[View], local: View | None,
                n_local: int) -> tuple[jax.Array, jax.Array | None]:
     """Multi-crop: ([B V, S, S, C], [B n_local, s, s, C]), both interleaved (Caron et al. 2020).
 
     `global_` holds one view per global crop (they may differ, as in BYOL and DINO); all local crops are
     draws of `local`, None if there are none.
     """
+    if local is None or not n_local:
+        return multi_view(key, images_BHWC, global_), None
     key_global, key_local = jax.random.split(key)
-    globals_ = multi_view(key_global, images_BHWC, global_)
-    if not n_local:
-        return globals_, None
-    return globals_, local(key_local, views.interleave([images_BHWC] * n_local))
+    return multi_view(key_global, images_BHWC, global_), local(key_local, views.interleave([images_BHWC] * n_local))
 
 
 def draw(key: jax.Array, batch: int) -> Draw:

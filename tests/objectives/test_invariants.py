@@ -12,7 +12,7 @@ from sslx import config, hlo, state
 from sslx.experiment import build
 from sslx.layers import cross_entropy
 from sslx.objectives import combine
-from sslx.objectives.dino import cosine, moving_average
+from sslx.objectives.joint import cosine, moving_average
 from sslx.views.image import patchify
 from sslx.views.tokens import bert_corrupt, mask_positions, random_keep
 
