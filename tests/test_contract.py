@@ -37,15 +37,22 @@ def leaves(tree):
 
 
 def difference(tree, reference):
-    """The largest relative difference of a leaf, |x - r| / |r|, and its path; what is rounding only counts as zero."""
+    """The largest relative difference of a leaf, |x - r| / |r|, and its path; what is rounding only counts as zero.
+
+    A running mean, which is zero of features that are centred, is compared on the scale of their standard deviation.
+    """
     ours, theirs = leaves(tree), leaves(reference)
     assert ours.keys() == theirs.keys()
     scale = 1e-7 * np.sqrt(sum(np.square(r, dtype=np.float64).sum() for r in theirs.values()))
 
-    def relative(x, r):
-        return np.linalg.norm(np.subtract(x, r, dtype=np.float64)) / max(np.linalg.norm(r), scale, 1e-30)
+    def size(path):
+        deviation = np.sqrt(theirs[path.replace("['mean']", "['var']")]) if path.endswith("['mean']") else 0
+        return max(np.linalg.norm(theirs[path]), np.linalg.norm(deviation), scale, 1e-30)
 
-    return max(((relative(ours[path], theirs[path]), path) for path in ours), default=(0.0, "nothing"))
+    def relative(path):
+        return np.linalg.norm(np.subtract(ours[path], theirs[path], dtype=np.float64)) / size(path)
+
+    return max(((relative(path), path) for path in ours), default=(0.0, "nothing"))
 
 
 @functools.cache
