@@ -39,7 +39,8 @@ def prepare() -> str:
     if os.environ.get("SSLX_FLAGS") == "off":
         return "platform flags left alone (SSLX_FLAGS=off)"
     platform = detect()
-    gc.freeze()
+    if not gc.get_freeze_count():  # once: garbage that is frozen stays
+        gc.freeze()
     gc.set_threshold(*COLLECTION)
     said = [f"gc.set_threshold{COLLECTION}"]
     if platform == "cpu" and "JAX_PLATFORMS" not in os.environ:
