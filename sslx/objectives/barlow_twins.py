@@ -13,7 +13,7 @@ from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Projector
 from sslx.objectives import Objective
-from sslx.objectives.joint import Tower, objective, pair, products
+from sslx.objectives.joint import Tower, objective, off_diagonal_squares, pair, products
 from sslx.views import separate
 
 
@@ -22,8 +22,7 @@ def redundancy_reduction(a_BD, b_BD, off_diagonal: float):
     chex.assert_equal_shape([a_BD, b_BD])
     a_BD, b_BD = standardized(a_BD), standardized(b_BD)
     c_DD = products(a_BD, b_BD) / len(a_BD)
-    own_D = jnp.diagonal(c_DD)
-    return jnp.square(1 - own_D).sum() + off_diagonal * (jnp.square(c_DD).sum() - jnp.square(own_D).sum())
+    return jnp.square(1 - jnp.diagonal(c_DD)).sum() + off_diagonal * off_diagonal_squares(c_DD)
 
 
 def standardized(x_BD):

@@ -6,6 +6,7 @@ B batch, V views, D features; N = B V rows, the views of an image side by side (
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from sslx.config import UserError
 from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models import encode as encode_images
+from sslx.models.heads import unit
 from sslx.objectives import Objective
 from sslx.objectives.image import check_images, grid_patches
 from sslx.views import separate
@@ -99,6 +101,17 @@ class Tower(NamedTuple):
 def products(a_BD, b_BE):
     """a^T b, float32 [D, E]: sums over the global batch, whole on every device."""
     return jnp.einsum("bd,be->de", a_BD, b_BE, precision="highest", out_sharding=jax.sharding.PartitionSpec())
+
+
+def off_diagonal_squares(c_DD):
+    """sum_{i != j} c_ij^2"""
+    return jnp.square(c_DD).sum() - jnp.square(jnp.diagonal(c_DD)).sum()
+
+
+def negative_cosine(p_BD, z_BD):
+    """Mean over rows of -cos(p, z) of a prediction and its target z, which gets no gradient."""
+    chex.assert_equal_shape([p_BD, z_BD])
+    return -(unit(p_BD) * jax.lax.stop_gradient(unit(z_BD))).sum(-1).mean()
 
 
 def moving_average(old, new, momentum):

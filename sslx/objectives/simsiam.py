@@ -1,26 +1,14 @@
-"""SimSiam: predict what the network itself makes of another view, through which no gradient goes (Chen and He 2021).
-
-B batch, D projection.
-"""
+"""SimSiam: predict what the network itself makes of another view, through which no gradient goes (Chen and He 2021)."""
 
 from typing import Any
-
-import chex
-import jax
 
 from sslx.config import Count
 from sslx.data import Info
 from sslx.models import Backbone
-from sslx.models.heads import Projector, unit
+from sslx.models.heads import Projector
 from sslx.objectives import Objective
-from sslx.objectives.joint import Tower, objective, pair
+from sslx.objectives.joint import Tower, negative_cosine, objective, pair
 from sslx.views import separate
-
-
-def negative_cosine(p_BD, z_BD):
-    """Mean over rows of -cos(p, z); z gets no gradient."""
-    chex.assert_equal_shape([p_BD, z_BD])
-    return -(unit(p_BD) * jax.lax.stop_gradient(unit(z_BD))).sum(-1).mean()
 
 
 def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str, Any] | None = None,

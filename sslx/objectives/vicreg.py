@@ -14,7 +14,7 @@ from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Projector
 from sslx.objectives import Objective
-from sslx.objectives.joint import Tower, objective, pair, products
+from sslx.objectives.joint import Tower, objective, off_diagonal_squares, pair, products
 from sslx.views import separate
 
 
@@ -33,8 +33,7 @@ def covariance(x_BD):
     """sum_{i != j} Cov(x_i, x_j)^2 / D over the global batch."""
     B, D = x_BD.shape
     x_BD = x_BD - x_BD.mean(0)
-    c_DD = products(x_BD, x_BD) / (B - 1)
-    return (jnp.square(c_DD).sum() - jnp.square(jnp.diagonal(c_DD)).sum()) / D
+    return off_diagonal_squares(products(x_BD, x_BD) / (B - 1)) / D
 
 
 def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str, Any] | None = None,

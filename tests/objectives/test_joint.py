@@ -10,7 +10,7 @@ from sslx.config import UserError
 from sslx.experiment import build
 from sslx.objectives.barlow_twins import redundancy_reduction
 from sslx.objectives.byol import prediction_error
-from sslx.objectives.simsiam import negative_cosine
+from sslx.objectives.joint import negative_cosine
 from sslx.objectives.vicreg import covariance, invariance, variance
 from sslx.sharding import batch_sharding, make_mesh
 

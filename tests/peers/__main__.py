@@ -69,7 +69,9 @@ def compared(case: str, dtype: str, rounds: int, steps: int, python: str,
         except RuntimeError as error:
             found[name] = dict(failed=str(error).strip().splitlines()[-1])
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    before = {name: side.told(2) and side.told("limits") for name, side in sides.items()}
+    for side in sides.values():
+        side.told(2)
+    before = {name: side.told("limits") for name, side in sides.items()}
     for _ in range(rounds):
         for name, side in sides.items():
             seconds[name].append(statistics.fmean(side.told(steps)))
