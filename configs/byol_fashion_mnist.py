@@ -16,8 +16,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     images = dict(name="digits") if digits else dict(name="idx", path="fashion-mnist")
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.model = dict(name="resnet", stages=(1, 1, 1, 1), width=8 if debug else 32, stem="small_stride2",
-                        dtype="float32")
+    config.model = dict(name="resnet", stages=(1,) if debug else (1, 1, 1, 1), width=8 if debug else 32,
+                        stem="small_stride2", dtype="float32")
     view = dict(size=size, scale=(0.3, 1.0), flip=0.0 if digits else 0.5, brightness=0.4, contrast=0.4, blur=0.0)
     config.objective = dict(name="byol", steps=steps, view=view, momentum=(0.99, 1.0), hidden=32 if debug else 512,
                             features=16 if debug else 128)

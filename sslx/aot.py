@@ -23,7 +23,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from sslx import command, evals, experiment, flops, hlo, state, train
+from sslx import command, experiment, flops, hlo, state, train
 from sslx.command import Flag, told
 from sslx.config import UserError, changed
 from sslx.data import pipeline
@@ -60,7 +60,8 @@ def offline(conf: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 def abstract_step(built: Experiment) -> Step:
     """The step of what is built, of which nothing is computed."""
-    row = evals.inputs(pipeline.stream(built.source, seed=built.run.seed).rows(np.zeros(1, int)))
+    one = pipeline.stream(built.source, seed=built.run.seed).rows(np.zeros(1, int))
+    row = pipeline.inputs(one, built.objective.reads)
     rows, lying = built.data.batch_size, batch_sharding(built.mesh)
     batch: dict[str, Any] = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=lying)
                              for name, x in row.items()}

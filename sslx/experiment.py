@@ -7,7 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -113,7 +113,8 @@ class Experiment(NamedTuple):
         data = self.data
         stream = pipeline.stream(self.source, seed=self.run.seed, shuffle=data.shuffle, on_bad=data.on_bad)
         return pipeline.batches(stream, batch_size=rows or data.batch_size, sharding=batch_sharding(self.mesh),
-                                first_step=first, last_step=last, workers=data.workers)
+                                first_step=first, last_step=last, workers=data.workers,
+                                reads=self.objective.reads)
 
     @property
     def compiler_options(self) -> dict[str, Any]:
@@ -146,8 +147,11 @@ def build(conf: ml_collections.ConfigDict, devices: list | None = None, source: 
     if data.synthetic is not None:
         config.call(config.load("data", "synthetic"), data.synthetic, "config.data.synthetic")
 
+    n_examples = len(source.examples)
+
     def objective_on(info: Info, model: Any = model) -> Objective:
-        return config.build("objectives", sections["objective"], "config.objective", model=model, info=info)
+        return config.build("objectives", sections["objective"], "config.objective", model=model, info=info,
+                            n_examples=n_examples)
 
     if source.info.modality != model.modality:
         raise UserError(f"config.model.name={sections['model']['name']!r} reads {model.modality}, and"
@@ -155,7 +159,7 @@ def build(conf: ml_collections.ConfigDict, devices: list | None = None, source: 
     objective, growth = objective_on(source.info), None
     if sections["model"].get("base") is not None:
         narrow = config.build("models", narrowed(sections["model"]), "config.model")
-        batch = abstract_batch(source.info, data.batch_size)
+        batch = abstract_batch(source.info, data.batch_size, objective.reads)
         objective, growth = mup.parametrized(objective, objective_on(source.info, narrow), batch)
     optimizer = config.call(optim.make, sections["optim"], "config.optim", growth=growth)
     evaluation = evals.make(sections["evals"], objective, mesh, data.on_bad)
@@ -172,11 +176,12 @@ def narrowed(section: Mapping[str, Any]) -> dict[str, Any]:
     return {**section, **{k: v for k, v in section["base"].items() if k not in depths}, "base": None}
 
 
-def abstract_batch(info: Info, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the tokens or images of a batch."""
+def abstract_batch(info: Info, rows: int, reads: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch: tokens or images, and what an objective `reads` beside them."""
+    beside = {name: jax.ShapeDtypeStruct((rows,), jnp.int32) for name in reads}
     if info.modality == "text":
-        return {"tokens": jax.ShapeDtypeStruct((rows, info.length), jnp.int32)}
-    return {"image": jax.ShapeDtypeStruct((rows, *info.shape), jnp.uint8)}
+        return beside | {"tokens": jax.ShapeDtypeStruct((rows, info.length), jnp.int32)}
+    return beside | {"image": jax.ShapeDtypeStruct((rows, *info.shape), jnp.uint8)}
 
 
 def check_alike(trained: Info, judged: Info, split: str, mesh: jax.sharding.Mesh) -> None:

@@ -6,7 +6,7 @@ hosts, devices and workers and sees the same rows.
 """
 
 import functools
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from typing import Any, Literal, cast
 
 import grain
@@ -24,6 +24,7 @@ from sslx.sharding import batch_shards
 Batches = Generator[tuple[dict[str, jax.Array], dict[str, Any]]]  # what is on the devices, what stays on the host
 OnBad = Literal["skip", "stop"]
 MAX_CONSECUTIVE_BAD = 100
+BESIDE = ("label", "index", "skipped")  # the inputs
 
 
 def source(section: Mapping[str, Any], where: str, on_bad: OnBad) -> Source:
@@ -85,12 +86,14 @@ def batches(
     last_step: int,
     workers: int = 0,
     prefetch: int = 2,
+    reads: Collection[str] = (),
 ) -> Batches:
     """Global batches first_step, ..., last_step - 1, read and placed on the devices in the background.
 
     Row r of batch s is dataset[s * batch_size + r]. Each batch comes with what stays on the host:
-    `index` (of this process's rows) and `skipped` (bad records passed over to make them). Labels are
-    left behind: nothing trains on them. Integers become int32, floats float32; bytes stay uint8.
+    `index` (of this process's rows) and `skipped` (bad records passed over to make them). `label` and
+    `index` are left behind, but for what the objective `reads`. Integers become int32, floats float32; bytes stay
+    uint8.
     `workers` are reading processes, `prefetch` the batches kept ready at each stage (0: none, no threads).
 
     Raises UserError if the rows do not spread evenly over the devices; an error while reading is
@@ -102,7 +105,7 @@ def batches(
                         " (data x fsdp) that share its rows")
     rows = local_rows(sharding, batch_size)
     host = grain.MapDataset.range(first_step, last_step).map(functools.partial(read, dataset, batch_size, rows))
-    onto = functools.partial(place, sharding, batch_size)
+    onto = functools.partial(place, sharding, batch_size, reads)
     threads = grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)
     if not workers:  # what reads a batch also places it: each thread that hands it on costs as much as to read tokens
         return closing(host.map(onto).to_iter_dataset(threads))
@@ -133,14 +136,18 @@ def read(dataset: Stream, batch_size: int, rows: np.ndarray, step: int) -> Examp
     return dataset.rows(step * batch_size + rows)
 
 
-def place(sharding: NamedSharding, batch_size: int, local: Example) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+def place(sharding: NamedSharding, batch_size: int, reads: Collection[str],
+          local: Example) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """Makes global arrays of this process's rows, and keeps back what the host alone needs."""
-    host = {"index": local.pop("index", None), "skipped": int(np.sum(local.pop("skipped", 0)))}
-    batch = {
-        name: jax.make_array_from_process_local_data(sharding, narrow(x), (batch_size, *x.shape[1:]))
-        for name, x in local.items() if name != "label"
-    }
+    host = {"index": local.get("index"), "skipped": int(np.sum(local.get("skipped", 0)))}
+    batch = {name: jax.make_array_from_process_local_data(sharding, x, (batch_size, *x.shape[1:]))
+             for name, x in inputs(local, reads).items()}
     return batch, host
+
+
+def inputs(rows: Example, reads: Collection[str]) -> Example:
+    """What an objective sees of rows, in the types of its batches: inputs, and beside them what it `reads`."""
+    return {name: narrow(x) for name, x in rows.items() if name in reads or name not in BESIDE}
 
 
 def narrow(x: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ An evaluation whose section has a `source` gets the built source as the split of
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,13 +32,16 @@ class Subject:
     """Frozen parameters under evaluation, with the features of each split computed once.
 
     `encode` maps a host batch to features float32 [B, D] on the host; `loss` maps a host batch and its
-    number, which fixes its key, to metrics, or is None where there is no objective (raw inputs).
+    number, which fixes its key, to metrics, or is None where there is no objective (raw inputs), which `reads` some
+    fields beside the inputs.
     """
 
     def __init__(self, encode: Callable[[HostBatch], np.ndarray],
                  loss: Callable[[HostBatch, int], dict[str, jax.Array]] | None,
-                 splits: Mapping[str, Source], batch_size: int, on_bad: pipeline.OnBad = "skip"):
+                 splits: Mapping[str, Source], batch_size: int, on_bad: pipeline.OnBad = "skip",
+                 reads: Sequence[str] = ()):
         self.encode, self.loss, self.splits, self.batch_size, self.on_bad = encode, loss, splits, batch_size, on_bad
+        self.reads = reads
         self.computed: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def features(self, split: str, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +54,7 @@ class Subject:
         if (split, n) not in self.computed:
             features, labels = [], []
             for batch, counts in batches(source, self.batch_size, self.on_bad, n):
-                features.append(self.encode(inputs(batch))[counts])
+                features.append(self.encode(pipeline.inputs(batch, self.reads))[counts])
                 labels.append(batch["label"][counts] if "label" in batch else np.full(counts.sum(), -1))
             self.computed[split, n] = np.concatenate(features), np.concatenate(labels).astype(np.int64)
         return self.computed[split, n]
@@ -152,7 +155,7 @@ def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source]
             with jax.set_mesh(mesh):
                 return distributed.settle(loss(params, aux, on_mesh(batch), number))
 
-        return run(Subject(encoded, metrics, splits, batch_size, on_bad))
+        return run(Subject(encoded, metrics, splits, batch_size, on_bad, objective.reads))
 
     def run(subject):
         # Every process evaluates the same features by itself, on one device, away from the mesh.
@@ -194,11 +197,6 @@ def batches(source: Source, batch_size: int, on_bad: pipeline.OnBad,
         places_B = np.arange(first, first + batch_size)
         batch = stream.rows(places_B)
         yield batch, (places_B < rows) & (batch["skipped"] == 0)
-
-
-def inputs(batch: HostBatch) -> HostBatch:
-    """What an objective sees of a batch: no labels, in the types of the training batches."""
-    return {k: pipeline.narrow(x) for k, x in batch.items() if k not in ("label", "index", "skipped")}
 
 
 def raw_features(batch: HostBatch) -> np.ndarray:

@@ -8,6 +8,7 @@ import numpy as np
 
 from sslx import evals
 from sslx.config import Count, UserError
+from sslx.data import pipeline
 from sslx.evals import Evaluation, HostBatch, Subject
 
 
@@ -44,7 +45,7 @@ def full_batches(subject: Subject, limit: int) -> Iterator[HostBatch]:
         raise UserError(f"the held-out source {source.info.name} has {n} examples, fewer than one batch of"
                         f" evals.batch_size={batch_size}; lower evals.batch_size or give it more examples")
     for batch, _ in evals.batches(source, batch_size, subject.on_bad, min(limit, n // batch_size) * batch_size):
-        yield evals.inputs(batch)
+        yield pipeline.inputs(batch, subject.reads)
 
 
 def weighted_means(per_batch: list[dict[str, np.ndarray]]) -> dict[str, float]:

@@ -25,12 +25,14 @@ class Objective(NamedTuple):
     show:   (params, aux, batch, key) -> {caption: images [N, H, W, C] in [0, 1] or tokens [N, T]},
             what a person looks at in the report, in the order of
             the captions' names; None if there is nothing to see.
+    reads:  fields of examples beside the inputs that the loss takes: "label", or "index", the place in the source.
     """
 
     init: Callable[[jax.Array, Batch], tuple[Params, Aux]]
     loss: Callable[[Params, Aux, Batch, jax.Array], tuple[jax.Array, tuple[Aux, Metrics]]]
     encode: Callable[[Params, Aux, Batch], jax.Array]
     show: Callable[[Params, Aux, Batch, jax.Array], dict[str, jax.Array]] | None = None
+    reads: tuple[str, ...] = ()
 
 
 def combine(objectives: Mapping[str, tuple[float, Objective]]) -> Objective:
@@ -55,4 +57,4 @@ def combine(objectives: Mapping[str, tuple[float, Objective]]) -> Objective:
     def encode(params, aux, batch):
         return objectives[first][1].encode(params[first], aux[first], batch)
 
-    return Objective(init, loss, encode)
+    return Objective(init, loss, encode, reads=tuple({name for _, o in objectives.values() for name in o.reads}))

@@ -13,7 +13,8 @@ from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Projector
 from sslx.objectives import Objective
-from sslx.objectives.joint import Tower, objective, off_diagonal_squares, pair, products
+from sslx.objectives.crops import pair
+from sslx.objectives.joint import Tower, objective, off_diagonal_squares, products
 from sslx.views import separate
 
 
@@ -40,8 +41,8 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
     """
     tower = Tower(model, {"projector": Projector(features, features, 3, model.dtype, normed=False)})
 
-    def loss(params, aux, crops):
-        made, stats = tower(params, aux["stats"], crops[0])
+    def loss(params, aux, drawn):
+        made, stats = tower(params, aux["stats"], drawn.large)
         return redundancy_reduction(*separate(made["projector"], 2), off_diagonal), {"stats": stats}
 
     return objective(tower, info, pair(view, second), loss)

@@ -6,20 +6,21 @@ B batch, D projection.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from sslx.config import Count, Share
 from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Projector
 from sslx.objectives import Objective
-from sslx.objectives.joint import Tower, cosine, moving_average, negative_cosine, objective, pair
+from sslx.objectives.crops import pair
+from sslx.objectives.joint import Tower, mean_cosine, objective
+from sslx.objectives.teacher import Teacher
 from sslx.views import separate
 
 
 def prediction_error(p_BD, z_BD):
     """Mean over rows of |p / |p| - z / |z||^2 = 2 - 2 cos(p, z); the target z gets no gradient."""
-    return 2 + 2 * negative_cosine(p_BD, z_BD)
+    return 2 - 2 * mean_cosine(p_BD, jax.lax.stop_gradient(z_BD))
 
 
 def make(model: Backbone, info: Info, *, steps: Count, view: dict[str, Any], second: dict[str, Any] | None = None,
@@ -32,22 +33,16 @@ def make(model: Backbone, info: Info, *, steps: Count, view: dict[str, Any], sec
     """
     projector = Projector(hidden, features, 2, model.dtype, normed=False)  # what it may add, the predictor norms away
     predictor = Projector(hidden, features, 2, model.dtype, normed=False, bias=True)
-    target = Tower(model, {"projector": projector})
     online = Tower(model, {"projector": projector, "predictor": predictor})
+    target = Teacher(Tower(model, {"projector": projector}), steps, momentum)
 
-    def begin(params, stats):
-        return {"stats": stats, "target": jax.tree.map(jnp.copy, target.of(params)), "target_stats": target.of(stats),
-                "step": jnp.int32(0)}
+    def begin(params, stats, drawn):
+        return {"stats": stats, "teacher": target.begin(params, stats)}
 
-    def loss(params, aux, crops):
-        # The target follows the parameters that the last step left, so that it is part of this step.
-        followed = moving_average(aux["target"], target.of(params), cosine(aux["step"], steps, *momentum))
-        with jax.named_scope("target"):
-            aimed, target_stats = target(followed, aux["target_stats"], crops[0])
-        with jax.named_scope("online"):
-            made, stats = online(params, aux["stats"], crops[0])
+    def loss(params, aux, drawn):
+        aimed, teacher = target(aux["teacher"], params, drawn.large)
+        made, stats = online(params, aux["stats"], drawn.large)
         (p_1, p_2), (z_1, z_2) = separate(made["predictor"], 2), separate(aimed["projector"], 2)
-        aux = {"stats": stats, "target": followed, "target_stats": target_stats, "step": aux["step"] + 1}
-        return prediction_error(p_1, z_2) + prediction_error(p_2, z_1), aux
+        return prediction_error(p_1, z_2) + prediction_error(p_2, z_1), {"stats": stats, "teacher": teacher}
 
     return objective(online, info, pair(view, second), loss, begin)

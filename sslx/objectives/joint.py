@@ -1,9 +1,9 @@
-"""What joint-embedding objectives share: the crops of an image, towers that embed them, teachers that follow.
+"""What joint-embedding objectives share: the crops of an image, and towers that embed them.
 
 B batch, V views, D features; N = B V rows, the views of an image side by side (sslx/views).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -11,52 +11,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sslx import config
-from sslx.config import UserError
 from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models import encode as encode_images
 from sslx.models.heads import unit
 from sslx.objectives import Objective
+from sslx.objectives.crops import Crops, Drawn
 from sslx.objectives.image import check_images, grid_patches
 from sslx.views import separate
-from sslx.views.image import View, augmentation, multi_crop, to_float
-
-SHOWN = 4  # small crops in the report
-
-
-class Crops(NamedTuple):
-    """What is compared of an image: a large crop of each of these kinds, and `n_small` of another."""
-
-    large: Sequence[View]
-    small: View | None = None
-    n_small: int = 0
-
-    def __call__(self, key, images_BHWC):
-        """([B V, S, S, C], [B n_small, s, s, C]), the second None if there are none."""
-        return multi_crop(key, images_BHWC, self.large, self.small, self.n_small)
-
-    def show(self, key, images_BHWC):
-        """{caption: images} for the report."""
-        large, small = self(key, images_BHWC)
-        shown = {"input": to_float(images_BHWC)}
-        shown |= {f"view {i + 1}": crop for i, crop in enumerate(separate(large, len(self.large)))}
-        if small is not None:
-            shown |= {f"small view {i + 1}": crop for i, crop in enumerate(separate(small, self.n_small)[:SHOWN])}
-        return shown
-
-
-def pair(view: dict[str, Any], second: dict[str, Any] | None) -> Crops:
-    """Two views by the arguments of `views.image.augmentation`; `second` is what is otherwise in the second.
-
-    Raises UserError if that is its size.
-    """
-    other = view | (second or {})
-    if other.get("size") != view.get("size"):
-        raise UserError(f"config.objective.second.size={other['size']} must be config.objective.view.size="
-                        f"{view.get('size')}: both views of an image are embedded together")
-    return Crops([config.call(augmentation, view, "config.objective.view"),
-                  config.call(augmentation, other, "config.objective.second")])
+from sslx.views.image import to_float
 
 
 class Tower(NamedTuple):
@@ -98,6 +61,18 @@ class Tower(NamedTuple):
         return made, moved
 
 
+def embedded(tower: Tower, params, stats, crops: Crops, drawn: Drawn):
+    """({name: what the part makes of each crop, [B, D] each, large ones first}, stats moved on)"""
+    found: dict[str, list[jax.Array]] = {name: [] for name, _, _ in tower.parts}
+    for images, n in ((drawn.large, len(crops.large)), (drawn.small, crops.n_small)):
+        if images is not None:
+            with jax.named_scope("student"):
+                made, stats = tower(params, stats, images)
+            for name, x in made.items():
+                found[name] += separate(x, n)
+    return found, stats
+
+
 def products(a_BD, b_BE):
     """a^T b, float32 [D, E]: sums over the global batch, whole on every device."""
     return jnp.einsum("bd,be->de", a_BD, b_BE, precision="highest", out_sharding=jax.sharding.PartitionSpec())
@@ -108,45 +83,43 @@ def off_diagonal_squares(c_DD):
     return jnp.square(c_DD).sum() - jnp.square(jnp.diagonal(c_DD)).sum()
 
 
-def negative_cosine(p_BD, z_BD):
-    """Mean over rows of -cos(p, z) of a prediction and its target z, which gets no gradient."""
-    chex.assert_equal_shape([p_BD, z_BD])
-    return -(unit(p_BD) * jax.lax.stop_gradient(unit(z_BD))).sum(-1).mean()
+def mean_cosine(a_BD, b_BD):
+    """Mean over rows of cos(a, b)."""
+    chex.assert_equal_shape([a_BD, b_BD])
+    return (unit(a_BD) * unit(b_BD)).sum(-1).mean()
 
 
-def moving_average(old, new, momentum):
-    """m old + (1 - m) new, leaf by leaf, without a gradient."""
-    return jax.tree.map(lambda o, n: momentum * o + (1 - momentum) * jax.lax.stop_gradient(n), old, new)
-
-
-def cosine(step, steps: int, first: float, last: float):
-    """From `first` to `last` along half a cosine over `steps` steps."""
-    progress = jnp.minimum(step / steps, 1.0)
-    return last + (first - last) * (1 + jnp.cos(jnp.pi * progress)) / 2
+def still(params, name: str, held):
+    """The parameters, those of the part `name` without a gradient where `held`."""
+    part = jax.tree.map(lambda x: jnp.where(held, jax.lax.stop_gradient(x), x), params[name])
+    return params | {name: part}
 
 
 def objective(tower: Tower, info: Info, crops: Crops, loss: Callable,
-              begin: Callable = lambda params, stats: {"stats": stats},
-              judged: Callable = lambda params, aux: (params["encoder"], aux["stats"]["encoder"])) -> Objective:
+              begin: Callable = lambda params, stats, drawn: {"stats": stats},
+              judged: Callable = lambda params, aux: (params["encoder"], aux["stats"]["encoder"]),
+              reads: tuple[str, ...] = ()) -> Objective:
     """The objective of a tower's parameters.
 
-    loss:   (params, aux, (large, small)) -> (loss, aux), of the crops.
-    begin:  (params, stats) -> aux.
+    loss:   (params, aux, drawn) -> (loss, aux).
+    begin:  (params, stats, drawn) -> aux.
     judged: (params, aux) -> (parameters, statistics) of the backbone whose features are evaluated.
+    reads:  as of `Objective`.
     """
     check_images(tower.backbone, info)
     patches = grid_patches(tower.backbone, info)
 
     def init(key, batch):
-        params, stats = tower.init(key, crops.large[0](key, batch["image"]))
-        return params, begin(params, stats)
+        first = crops.large[0](key, batch["image"])
+        params, stats = tower.init(key, first)
+        return params, begin(params, stats, Drawn(first, None, batch, jax.random.fold_in(key, 1)))
 
     def measured(params, aux, batch, key):
-        value, aux = loss(params, aux, crops(key, batch["image"]))
+        value, aux = loss(params, aux, Drawn(*crops(key, batch["image"]), batch, jax.random.fold_in(key, 1)))
         return value, (aux, {"loss": value, "tokens": jnp.int32(len(batch["image"]) * patches)})
 
     def encode(params, aux, batch):
         images = to_float(batch["image"])
         return encode_images(tower.backbone, *judged(params, aux), images, train=False)[0].astype(jnp.float32)
 
-    return Objective(init, measured, encode, lambda params, aux, batch, key: crops.show(key, batch["image"]))
+    return Objective(init, measured, encode, lambda params, aux, batch, key: crops.show(key, batch["image"]), reads)

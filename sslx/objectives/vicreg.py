@@ -14,7 +14,8 @@ from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Projector
 from sslx.objectives import Objective
-from sslx.objectives.joint import Tower, objective, off_diagonal_squares, pair, products
+from sslx.objectives.crops import pair
+from sslx.objectives.joint import Tower, objective, off_diagonal_squares, products
 from sslx.views import separate
 
 
@@ -47,8 +48,8 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
     tower = Tower(model, {"expander": Projector(features, features, 3, model.dtype, normed=False)})
     alike, varied, apart = weights
 
-    def loss(params, aux, crops):
-        made, stats = tower(params, aux["stats"], crops[0])
+    def loss(params, aux, drawn):
+        made, stats = tower(params, aux["stats"], drawn.large)
         a, b = (x.astype(jnp.float32) for x in separate(made["expander"], 2))
         spread, shared = (variance(a) + variance(b)) / 2, covariance(a) + covariance(b)
         return alike * invariance(a, b) + varied * spread + apart * shared, {"stats": stats}

@@ -8,6 +8,7 @@ import copy
 import inspect
 import json
 import math
+import pathlib
 import random
 import re
 import runpy
@@ -72,6 +73,24 @@ attention = {"width!": count, "depth!": count, "heads!": count, "hidden?": count
              "mlp": one_of("gelu", "swiglu"), "bias": is_bool, "scan": is_bool, "dtype": dtype,
              "remat": one_of("none", "dots", "attention", "full"), "base?": is_section}
 
+momenta = pair(lambda a, b: 0 <= a <= 1 and 0 <= b <= 1)
+# What a field of an objective takes, by its name. Whether it is required, or may be None, its signature says.
+OF_OBJECTIVES: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("view", "second", "global_view", "local_view"), is_section),
+    **dict.fromkeys(("steps", "every", "hidden", "features", "bottleneck", "predictor", "depth", "chunks", "n_global",
+                     "n_prototypes", "iterations", "queue", "groups", "directions", "knots", "decoder_width",
+                     "decoder_depth", "decoder_heads", "sample_length"), count),
+    **dict.fromkeys(("n_local", "temperature_warmup", "freeze_prototypes", "queue_from"), natural),
+    **dict.fromkeys(("temperature", "student_temperature", "assignment_temperature", "furthest", "mean_span"),
+                    positive),
+    **dict.fromkeys(("off_diagonal",), nonnegative),
+    **dict.fromkeys(("rate", "mask_ratio"), part),
+    **dict.fromkeys(("weight", "shrinkage", "centre_momentum", "replace", "random"), share),
+    **dict.fromkeys(("symmetric", "normalize_target", "whole_word"), is_bool),
+    "momentum": momenta, "teacher_temperature": pair(lambda a, b: a > 0 and b > 0), "clusters": every(count),
+    "weights": lambda v: every(nonnegative)(v) and len(v) == 3,
+}
+
 # What each section takes: {field: domain}; "!" for what is required, "?" for what may be None.
 DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "mesh": dict.fromkeys(("data", "fsdp", "tensor", "context", "expert"), lambda v: v == -1 or count(v)),
@@ -100,26 +119,8 @@ DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
                       "stem": one_of("imagenet", "small", "small_stride2"), "remat": one_of("none", "full"),
                       "base?": is_section},
     "experts": {"n!": count, "top_k": count, "capacity": positive, "shared": natural, "balance": nonnegative},
-    "objectives/causal_lm": {"sample_length": count, "temperature": positive},
-    "objectives/masked_lm": {"rate": part, "replace": share, "random": share, "whole_word": is_bool},
-    "objectives/span_corruption": {"rate": part, "mean_span": positive},
-    "objectives/rotation": {},
-    "objectives/byol": {"steps!": count, "view!": is_section, "second?": is_section, "hidden": count, "features": count,
-                        "momentum": pair(lambda a, b: 0 <= a <= 1 and 0 <= b <= 1)},
-    "objectives/simsiam": {"view!": is_section, "second?": is_section, "features": count, "bottleneck": count},
-    "objectives/barlow_twins": {"view!": is_section, "second?": is_section, "off_diagonal": nonnegative,
-                                "features": count},
-    "objectives/vicreg": {"view!": is_section, "second?": is_section, "features": count,
-                          "weights": lambda v: every(nonnegative)(v) and len(v) == 3},
-    "objectives/simclr": {"view!": is_section, "second?": is_section, "temperature": positive, "chunks": count,
-                          "hidden": count, "features": count, "depth": count},
-    "objectives/mae": {"view!": is_section, "mask_ratio": part, "decoder_width": count, "decoder_depth": count,
-                       "decoder_heads": count, "normalize_target": is_bool},
-    "objectives/dino": {"steps!": count, "global_view!": is_section, "local_view!": is_section, "n_local": natural,
-                        "n_prototypes": count, "hidden": count, "bottleneck": count, "student_temperature": positive,
-                        "teacher_temperature": pair(lambda a, b: a > 0 and b > 0), "temperature_warmup": natural,
-                        "momentum": pair(lambda a, b: 0 <= a <= 1 and 0 <= b <= 1), "centre_momentum": share,
-                        "freeze_prototypes": natural},
+    "objectives/moco": {"momentum": share},
+    "objectives/swav": {"queue": natural},
     "view": {"size!": count, "scale": pair(lambda a, b: 0 < a <= b <= 1), "ratio": pair(lambda a, b: 0 < a <= b),
              "blur_sigma": pair(lambda a, b: 0 < a <= b), "hue": real(lambda d: 0 <= d <= 0.5),
              **dict.fromkeys(("flip", "jitter", "grayscale", "blur", "solarize"), share),
@@ -139,7 +140,21 @@ DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
                        "min_feature_std": positive},
 }
 # Options of an evaluation stand in its file, `source` beside them; the rest is what sslx itself supplies.
-SUPPLIED = {"model", "info", "devices", "on_bad", "growth"}
+SUPPLIED = {"model", "info", "n_examples", "devices", "on_bad", "growth"}
+
+
+def of_objective(path: pathlib.Path) -> dict[str, Callable[[Any], bool]]:
+    """DOMAINS of an objective: by the names of its fields, but for what it has of its own."""
+    own, found = DOMAINS.get(f"objectives/{path.stem}", {}), {}
+    for name, parameter in inspect.signature(config.load("objectives", path.stem)).parameters.items():
+        if name not in SUPPLIED:
+            mark = "!" if parameter.default is parameter.empty else "?" if parameter.default is None else ""
+            found[name + mark] = own.get(name) or OF_OBJECTIVES[name]
+    return found
+
+
+DOMAINS |= {f"objectives/{path.stem}": of_objective(path)
+            for path in (CONFIGS.parent / "sslx/objectives").glob("*.py") if config.has_make(path)}
 
 HOSTILE = (0, -1, -2, 2**31, 10**400, 1.5, -0.5, math.nan, math.inf, -math.inf, 1e39, True, None, "8", "", "tpyo", [],
            (), {}, {"a": 1}, [1, 2, 3], (1.0, 0.5), b"x", {1, 2}, ...)

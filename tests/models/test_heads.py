@@ -34,11 +34,17 @@ def test_a_projector_is_normed_over_the_batch(depth):
 
 
 def test_prototypes_are_cosines():
-    head = Prototypes(hidden=8, bottleneck=4, n_prototypes=5)
+    head = Prototypes(n_prototypes=5)
     cosines, variables = head.init_with_output(KEY, X)
     params = variables["params"]
     assert cosines.shape == (16, 5) and cosines.dtype == jnp.float32 and np.abs(cosines).max() <= 1 + 1e-6
     scaled = params | {"prototypes": params["prototypes"] * np.arange(1, 6)}
     np.testing.assert_allclose(head.apply({"params": scaled}, X), cosines, rtol=1e-4, atol=1e-6)
-    copied = params["mlp_2"] | {"kernel": 7 * params["mlp_2"]["kernel"]}
-    np.testing.assert_allclose(head.apply({"params": params | {"mlp_2": copied}}, X), cosines, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(head.apply({"params": params}, 7 * X), cosines, rtol=1e-4, atol=1e-6)
+
+
+def test_a_projector_without_batch_norm_sees_each_row_by_itself():
+    projector = Projector(hidden=8, features=4, depth=3, batch_norm=False)
+    z, variables = projector.init_with_output(KEY, X, train=True)
+    assert set(variables) == {"params"} and all("bias" in layer for layer in variables["params"].values())
+    np.testing.assert_allclose(projector.apply(variables, X[:2], train=True), z[:2], rtol=1e-5, atol=1e-6)

@@ -12,7 +12,7 @@ from sslx import config, hlo, state
 from sslx.experiment import build
 from sslx.layers import cross_entropy
 from sslx.objectives import combine
-from sslx.objectives.joint import cosine, moving_average
+from sslx.objectives.teacher import cosine, moving_average
 from sslx.views.image import patchify
 from sslx.views.tokens import bert_corrupt, mask_positions, random_keep
 
@@ -43,12 +43,12 @@ def test_dino_teacher_and_centre_get_no_gradient(dino):
     @jax.jit
     def gradient(teacher, centre):
         def loss(teacher, centre):
-            aux = start.aux | {"teacher": teacher, "centre": centre}
+            aux = start.aux | {"teacher": start.aux["teacher"] | {"params": teacher}, "centre": centre}
             return built.objective.loss(start.params, aux, batch, jax.random.key(0))[0]
 
         return jax.grad(loss, argnums=(0, 1))(teacher, centre)
 
-    assert largest(gradient(start.aux["teacher"], start.aux["centre"] + 0.1)) == 0
+    assert largest(gradient(start.aux["teacher"]["params"], start.aux["centre"] + 0.1)) == 0
 
 
 def test_dino_teacher_is_the_moving_average_of_the_student(dino):
@@ -56,9 +56,9 @@ def test_dino_teacher_is_the_moving_average_of_the_student(dino):
     student = jax.tree.map(lambda x: x + 1.0, start.params)
     aux = jax.jit(built.objective.loss)(student, start.aux, batch, jax.random.key(0))[1][0]
     first = built.config["objective"]["momentum"][0]
-    for new, old in zip(jax.tree.leaves(aux["teacher"]), jax.tree.leaves(start.aux["teacher"]), strict=True):
+    for new, old in zip(*(jax.tree.leaves(x["teacher"]["params"]) for x in (aux, start.aux)), strict=True):
         np.testing.assert_allclose(new, old + (1 - first), atol=1e-5)
-    assert aux["step"] == 1 and largest(aux["centre"]) > 0
+    assert aux["teacher"]["step"] == 1 and largest(aux["centre"]) > 0
 
 
 def test_dino_prototypes_are_frozen_at_first_and_then_are_not(dino):
@@ -68,11 +68,11 @@ def test_dino_prototypes_are_frozen_at_first_and_then_are_not(dino):
 
     @jax.jit
     def gradient(step):
-        return jax.grad(lambda p: built.objective.loss(p, start.aux | {"step": step}, batch, jax.random.key(0))[0])(
-            start.params)["head"]
+        aux = start.aux | {"teacher": start.aux["teacher"] | {"step": step}}
+        return jax.grad(lambda p: built.objective.loss(p, aux, batch, jax.random.key(0))[0])(start.params)
 
     early, late = gradient(jnp.int32(frozen - 1)), gradient(jnp.int32(frozen))
-    assert largest(early["prototypes"]) == 0 and largest(early["mlp_0"]) > 0
+    assert largest(early["prototypes"]) == 0 and largest(early["projector"]) > 0
     assert largest(late["prototypes"]) > 0
 
 

@@ -1,18 +1,37 @@
 """Losses of joint embeddings against NumPy in float64 and, where it is installed, lightly; 8 devices against one."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from experiments import CONFIGS
-from test_losses import assert_same, unit
+from test_losses import assert_same, nll, softmax, unit
 
 from sslx.config import UserError
 from sslx.experiment import build
+from sslx.models import heads
+from sslx.objectives.assignment import swapped_prediction
 from sslx.objectives.barlow_twins import redundancy_reduction
 from sslx.objectives.byol import prediction_error
-from sslx.objectives.joint import negative_cosine
+from sslx.objectives.contrast import info_nce
+from sslx.objectives.dino import self_distillation
+from sslx.objectives.joint import mean_cosine
+from sslx.objectives.lejepa import sigreg
+from sslx.objectives.moco import queue_contrast
+from sslx.objectives.simclr import nt_xent
+from sslx.objectives.simsiam import negative_cosine
+from sslx.objectives.sup_con import supervised_contrast
 from sslx.objectives.vicreg import covariance, invariance, variance
+from sslx.objectives.w_mse import whitened
 from sslx.sharding import batch_sharding, make_mesh
+
+
+def constant(name, *shape):
+    """Numbers that a loss takes beside its views."""
+    return np.random.default_rng(list(name.encode())).normal(size=shape).astype(np.float32)
 
 
 def vicreg(a, b):
@@ -34,14 +53,163 @@ def barlow_by_the_paper(a, b):
     return sum((1 - c[i, i]) ** 2 if i == j else 5e-3 * c[i, j] ** 2 for i, j in np.ndindex(*c.shape))
 
 
-# (ours, the paper's, lightly's class and what it is made with) of two views [B, D].
+def simclr_by_the_paper(a, b):
+    z = unit(np.concatenate([a, b]))
+    return np.mean([nll(np.where(np.arange(len(z)) == i, -np.inf, z @ z[i]) / 0.5, (i + len(a)) % len(z))
+                    for i in range(len(z))])
+
+
+def info_nce_by_the_paper(a, b):
+    return np.mean([nll(unit(b) @ q / 0.2, i) for i, q in enumerate(unit(a))])
+
+
+def queue_of(a):
+    return unit(np.float64(constant("queue", 24, a.shape[1])))
+
+
+def moco(q, k):
+    q, k = heads.unit(q), heads.unit(k)
+    return queue_contrast(q, k, jax.nn.logsumexp(q @ jnp.float32(queue_of(q)).T / 0.1, 1), 0.1)
+
+
+def moco_by_the_paper(q, k):
+    return np.mean([nll(np.concatenate([[x @ y], queue_of(q) @ x]) / 0.1, 0)
+                    for x, y in zip(unit(q), unit(k), strict=True)])
+
+
+def moco_of_lightly(losses, torch):
+    def loss(q, k):
+        criterion = losses.NTXentLoss(temperature=0.1, memory_bank_size=(24, q.shape[1]))
+        bank = torch.tensor(np.float32(queue_of(q)))
+        criterion.memory_bank.bank = bank if criterion.memory_bank.bank.shape == bank.shape else bank.T
+        return criterion(q, k)
+
+    return loss
+
+
+def w_mse_by_the_paper(a, b):
+    def white(x):
+        x = x - x.mean(0)
+        return np.linalg.solve(np.linalg.cholesky(x.T @ x / (len(x) - 1)), x.T).T
+
+    return np.square(unit(white(a)) - unit(white(b))).sum(1).mean()
+
+
+def directions(D):
+    return unit(constant("directions", 32, D)).T
+
+
+def sigreg_by_the_paper(a, b):
+    def statistic(x):
+        t = np.linspace(-3, 3, 33)
+        cf = np.exp(1j * (x @ directions(x.shape[1]))[..., None] * t).mean(0)
+        weight = np.exp(-t**2 / 2)
+        return len(x) * np.trapezoid(np.abs(cf - weight) ** 2 * weight, t).mean()
+
+    return (statistic(a) + statistic(b)) / 2
+
+
+def lejepa_of_lightly(losses, torch):
+    def loss(a, b):
+        criterion = losses.lejepa_loss.SIGReg(num_vectors=32)
+        criterion._generate_unit_vectors = lambda device, dtype, n: torch.tensor(directions(n))
+        return criterion(torch.stack([a, b]))
+
+    return loss
+
+
+def sinkhorn_by_the_paper(scores):
+    q = np.exp(scores / 0.05)
+    for _ in range(3):
+        q = q / q.sum(0)
+        q = q / q.sum(1, keepdims=True)
+    return q
+
+
+def swav(a, b):
+    from sslx.objectives.assignment import sinkhorn
+    return swapped_prediction([jnp.tanh(a) / 0.1, jnp.tanh(b) / 0.1],
+                              [jax.lax.stop_gradient(sinkhorn(jnp.tanh(constant(n, *a.shape)), 0.05)) for n in "ab"])
+
+
+def swav_by_the_paper(a, b):
+    q_a, q_b = (sinkhorn_by_the_paper(np.tanh(np.float64(constant(n, *a.shape)))) for n in "ab")
+    return -np.mean([q_a[i] @ np.log(softmax(np.tanh(b[i]) / 0.1)) + q_b[i] @ np.log(softmax(np.tanh(a[i]) / 0.1))
+                     for i in range(len(a))]) / 2
+
+
+def dino(a, b):
+    return self_distillation([a, b], [constant("t", *a.shape), constant("u", *a.shape)], constant("c", a.shape[1]),
+                             0.1, 0.07)
+
+
+def dino_by_the_paper(a, b):
+    of = [[softmax((x - np.float64(constant("c", a.shape[1]))) / 0.07) for x in np.float64(constant(n, *a.shape))]
+          for n in "tu"]
+    return -np.mean([of[0][i] @ np.log(softmax(b[i] / 0.1)) + of[1][i] @ np.log(softmax(a[i] / 0.1))
+                     for i in range(len(a))]) / 2
+
+
+def dino_of_lightly(losses, torch):
+    def loss(a, b):
+        criterion = losses.DINOLoss(output_dim=a.shape[1], teacher_temp=0.07)
+        criterion.center.data = torch.tensor(constant("c", a.shape[1]))[None, None]
+        return criterion([torch.tensor(constant(n, *a.shape)) for n in "tu"], [a, b], teacher_temp=0.07)
+
+    return loss
+
+
+def labels(B):
+    return np.arange(B) % max(1, B // 3)
+
+
+def sup_con_by_the_paper(a, b):
+    z, y = unit(np.concatenate([a, b])), np.tile(labels(len(a)), 2)
+    total = 0
+    for i in range(len(z)):
+        logits = np.where(np.arange(len(z)) == i, -np.inf, z @ z[i] / 0.3)
+        total += np.mean([nll(logits, p) for p in range(len(z)) if p != i and y[p] == y[i]])
+    return total / len(z)
+
+
+class Case(NamedTuple):
+    """A loss of two views [B, D]; `lightly` makes its own of (lightly.loss, torch)."""
+
+    ours: Callable
+    paper: Callable
+    lightly: Callable | None = None
+    target: bool = False  # the second view is a target and gets no gradient
+    least: int = 1  # rows for each feature
+
+
 LOSSES = {
-    "vicreg": (vicreg, vicreg_by_the_paper, "VICRegLoss", {}),
-    "barlow_twins": (lambda a, b: redundancy_reduction(a, b, 5e-3), barlow_by_the_paper, "BarlowTwinsLoss", {}),
-    "byol": (prediction_error, lambda p, z: np.square(unit(p) - unit(z)).sum(1).mean(), None, {}),
-    "simsiam": (negative_cosine, lambda p, z: -(unit(p) * unit(z)).sum(1).mean(), "NegativeCosineSimilarity", {}),
+    "vicreg": Case(vicreg, vicreg_by_the_paper, lambda losses, _: losses.VICRegLoss()),
+    "barlow_twins": Case(lambda a, b: redundancy_reduction(a, b, 5e-3), barlow_by_the_paper,
+                         lambda losses, _: losses.BarlowTwinsLoss()),
+    "byol": Case(prediction_error, lambda p, z: np.square(unit(p) - unit(z)).sum(1).mean(), target=True),
+    "simsiam": Case(negative_cosine, lambda p, z: -(unit(p) * unit(z)).sum(1).mean(),
+                    lambda losses, _: losses.NegativeCosineSimilarity(), target=True),
+    "simclr": Case(lambda a, b: nt_xent(heads.unit(a), heads.unit(b), 0.5), simclr_by_the_paper,
+                   lambda losses, _: losses.NTXentLoss(temperature=0.5)),
+    "info_nce": Case(lambda a, b: info_nce(heads.unit(a), heads.unit(b), 0.2), info_nce_by_the_paper),
+    "moco": Case(moco, moco_by_the_paper, moco_of_lightly),
+    "w_mse": Case(lambda a, b: 2 - 2 * mean_cosine(whitened(a), whitened(b)), w_mse_by_the_paper,
+                  lambda losses, _: lambda a, b: losses.WMSELoss(
+                      embedding_dim=a.shape[1], w_size=len(a))(__import__("torch").cat([a, b])), least=2),
+    "sigreg": Case(lambda a, b: (sigreg(a, directions(a.shape[1])) + sigreg(b, directions(a.shape[1]))) / 2,
+                   sigreg_by_the_paper, lejepa_of_lightly),
+    "swav": Case(swav, swav_by_the_paper, lambda losses, torch: lambda a, b: swav_of_lightly(losses, torch, a, b)),
+    "dino": Case(dino, dino_by_the_paper, dino_of_lightly),
+    "sup_con": Case(lambda a, b: supervised_contrast(heads.unit(a), heads.unit(b), labels(len(a)), len(a), 0.3),
+                    sup_con_by_the_paper),
 }
-TO_THE_FIRST = ("byol", "simsiam")  # the second is a target and gets no gradient
+
+
+def swav_of_lightly(losses, torch, a, b):
+    q = [losses.swav_loss.sinkhorn(torch.tanh(torch.tensor(constant(n, *a.shape)))) for n in "ab"]
+    log_p = [torch.log_softmax(torch.tanh(x) / 0.1, 1) for x in (a, b)]
+    return -((q[0] * log_p[1]).sum(1).mean() + (q[1] * log_p[0]).sum(1).mean()) / 2
+
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
@@ -59,28 +227,28 @@ def views(seed, B, D):
 @every_loss
 @pytest.mark.parametrize("seed, B, D", [(0, 2, 3), (1, 7, 5), (2, 32, 8)])
 def test_loss_is_that_of_the_paper(name, seed, B, D, one_device):
-    ours, paper, *_ = LOSSES[name]
-    a, b = views(seed, B, D)
-    if name in TO_THE_FIRST:
-        assert_same(lambda x: ours(x, b), lambda x: paper(x, np.float64(b)), a, seed)
-        assert not jax.grad(ours, 1)(a, b).any()
+    case = LOSSES[name]
+    a, b = views(seed, max(B, case.least * D), D)
+    if case.target:
+        assert_same(lambda x: case.ours(x, b), lambda x: case.paper(x, np.float64(b)), a, seed)
+        assert not jax.grad(case.ours, 1)(a, b).any()
     else:
-        assert_same(lambda x: ours(x[0], x[1]), lambda x: paper(x[0], x[1]), np.stack([a, b]), seed)
+        assert_same(lambda x: case.ours(x[0], x[1]), lambda x: case.paper(x[0], x[1]), np.stack([a, b]), seed)
 
 
 @every_loss
 @pytest.mark.parametrize("seed, B, D", [(0, 4, 3), (1, 32, 16)])
 def test_loss_is_that_of_lightly(name, seed, B, D, one_device):
-    torch, lightly = pytest.importorskip("torch"), pytest.importorskip("lightly.loss")
-    ours, _, theirs, options = LOSSES[name]
-    if theirs is None:
+    torch, losses = pytest.importorskip("torch"), pytest.importorskip("lightly.loss")
+    case = LOSSES[name]
+    if case.lightly is None:
         pytest.skip("lightly has no class for it")
-    arrays = views(seed, B, D)
+    arrays = views(seed, max(B, case.least * D), D)
     a, b = (torch.tensor(x, requires_grad=True) for x in arrays)
-    value = getattr(lightly, theirs)(**options)(a, b.detach() if name in TO_THE_FIRST else b)
+    value = case.lightly(losses, torch)(a, b.detach() if case.target else b)
     value.backward()
     expected = [np.zeros_like(x) if y.grad is None else y.grad.numpy() for x, y in zip(arrays, (a, b), strict=True)]
-    found, gradients = jax.value_and_grad(ours, (0, 1))(*arrays)
+    found, gradients = jax.value_and_grad(case.ours, (0, 1))(*arrays)
     np.testing.assert_allclose(found, value.item(), rtol=1e-5)
     for gradient, wanted in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5 * np.abs(expected[0]).max())
@@ -89,7 +257,7 @@ def test_loss_is_that_of_lightly(name, seed, B, D, one_device):
 @every_loss
 @pytest.mark.parametrize("shape", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=["8", "2x2x2"])
 def test_loss_on_8_devices_is_that_of_one(name, shape, one_device):
-    gradient = jax.jit(jax.value_and_grad(LOSSES[name][0], (0, 1)))
+    gradient = jax.jit(jax.value_and_grad(LOSSES[name].ours, (0, 1)))
     arrays = views(0, 16, 5)
     expected = jax.device_get(gradient(*arrays))
     mesh = make_mesh(**shape)

@@ -9,10 +9,10 @@ from sslx.config import UserError
 from sslx.layers import cross_entropy
 from sslx.objectives.causal_lm import following, next_token_loss
 from sslx.objectives.dino import self_distillation
-from sslx.objectives.joint import cosine
 from sslx.objectives.mae import per_patch, reconstruction_loss
 from sslx.objectives.masked_lm import masked_token_loss
 from sslx.objectives.simclr import nt_xent
+from sslx.objectives.teacher import cosine
 from sslx.sharding import batch_sharding, make_mesh
 
 

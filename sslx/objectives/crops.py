@@ -1,0 +1,62 @@
+"""The crops of an image that joint embeddings compare.
+
+B batch, V large crops.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from sslx import config
+from sslx.config import UserError
+from sslx.objectives import Batch
+from sslx.views import separate
+from sslx.views.image import View, augmentation, multi_crop, to_float
+
+SHOWN = 4  # small crops in the report
+
+
+class Crops(NamedTuple):
+    """What is compared of an image: a large crop of each of these kinds, and `n_small` of another."""
+
+    large: Sequence[View]
+    small: View | None = None
+    n_small: int = 0
+
+    def __call__(self, key, images_BHWC):
+        """([B V, S, S, C], [B n_small, s, s, C]), the second None if there are none."""
+        return multi_crop(key, images_BHWC, self.large, self.small, self.n_small)
+
+    def show(self, key, images_BHWC):
+        """{caption: images} for the report."""
+        large, small = self(key, images_BHWC)
+        shown = {"input": to_float(images_BHWC)}
+        shown |= {f"view {i + 1}": crop for i, crop in enumerate(separate(large, len(self.large)))}
+        if small is not None:
+            shown |= {f"small view {i + 1}": crop for i, crop in enumerate(separate(small, self.n_small)[:SHOWN])}
+        return shown
+
+
+def pair(view: dict[str, Any], second: dict[str, Any] | None, name: str = "view") -> Crops:
+    """Two views by the arguments of `views.image.augmentation`; `second` is what is otherwise in the second.
+
+    name: of the first in config.objective.
+
+    Raises UserError if that is its size.
+    """
+    other = view | (second or {})
+    if other.get("size") != view.get("size"):
+        raise UserError(f"config.objective.second.size={other['size']} must be config.objective.{name}.size="
+                        f"{view.get('size')}: both views of an image are embedded together")
+    return Crops([config.call(augmentation, view, f"config.objective.{name}"),
+                  config.call(augmentation, other, "config.objective.second")])
+
+
+class Drawn(NamedTuple):
+    """What a loss sees of a batch: its large crops [B V, S, S, C], its small ones or None, itself, and a key."""
+
+    large: jax.Array
+    small: jax.Array | None
+    batch: Batch
+    key: jax.Array
