@@ -10,6 +10,7 @@ Shapes: B batch, T and S time or patches, D model, F hidden, H heads, G key-valu
 key-value head, K head dim, V vocabulary.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -28,6 +29,8 @@ from sslx.sharding import RULES, axis_size, gather, platform, residual, spec, wh
 
 Mask = Literal["causal", "bidirectional", "prefix"]
 Remat = Literal["none", "dots", "attention", "full"]
+
+ROPE = 10_000.0  # the base of rotary positions in text
 
 POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
             "attention": jax.checkpoint_policies.save_only_these_names("attention"),
@@ -136,13 +139,16 @@ class Norm(nn.Module):
         return y.astype(x.dtype)
 
 
-def rope(x, positions_BT, base: float = 10_000.0):
+def rope(x, positions_BTA, base: float = ROPE):
     """Rotary positions: pairs (x_i, x_{i + K/2}) turned by position * base^(-2 i / K) (Su et al. 2021).
 
-    x [B, T, ..., K] float, positions [B, T] or [1, T] int.
+    x [B, T, ..., K] float; positions [B or 1, T], or [B or 1, T, A] of A axes, each of which turns its part of the
+    pairs: i counts those of an axis then, of which there are K/2 / A.
     """
-    half = x.shape[-1] // 2
-    angle = positions_BT[..., None] * base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if positions_BTA.ndim == 2:
+        positions_BTA = positions_BTA[..., None]
+    half, A = x.shape[-1] // 2, positions_BTA.shape[-1]
+    angle = positions_BTA[..., None] * base ** (-jnp.arange(half // A, dtype=jnp.float32) / (half // A))
     angle = angle.reshape(*angle.shape[:2], *(1,) * (x.ndim - 3), half)
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
@@ -239,7 +245,7 @@ class Attention(nn.Module):
     head_growth: float
     bias: bool
     qk_norm: bool
-    rope: bool
+    rope: float | None
     window: int | None
     out_scale: float
     dtype: Any
@@ -258,7 +264,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = Norm("rms", name="q_norm")(q), Norm("rms", name="k_norm")(k)
         if self.rope:
-            q, k = rope(q, positions), rope(k, positions)
+            q, k = rope(q, positions, self.rope), rope(k, positions, self.rope)
         q = q / math.sqrt(self.head_growth)
         y = checkpoint_name(attention(q, k, v, bias_GRTS=bias_GRTS, window=self.window, **masking), "attention")
         return Linear(width, ("heads", None, None, "embed"), n_in=3, bias=self.bias, scale=self.out_scale,
@@ -385,6 +391,30 @@ def add(x, update, scale: float):
     return computed_once(x + scale * update)
 
 
+def skipping(key, x_BTD, branch: Callable, n: int, of: int):
+    """What a branch makes of the rows but `n` of every `of`, drawn anew, for which it is 0 and costs nothing.
+
+    The others are divided by the share that is kept, so that the mean is as without (Huang et al. 2016; that dropped
+    rows are not computed: Oquab et al. 2024). Rows are taken among neighbours, and stay on their device.
+    Raises UserError if a device has other than a multiple of `of` rows.
+    """
+    B, kept = len(x_BTD), of - n
+    if B % (of * axis_size("batch")):
+        raise UserError(f"model.drop_group={of} does not divide the {B} views of a batch over {axis_size('batch')}"
+                        " devices (mesh data x fsdp); choose a divisor of those on a device")
+    rows = functools.partial(jnp.reshape, out_sharding=P(RULES["batch"], *jax.typeof(x_BTD).sharding.spec[1:]))
+    groups = functools.partial(jnp.reshape, out_sharding=P(RULES["batch"], None, *jax.typeof(x_BTD).sharding.spec[1:]))
+    order_GR = jnp.argsort(jax.random.uniform(key, (B // of, of), out_sharding=spec("batch")), 1)
+    place_GR = jnp.argsort(order_GR, 1)
+    x_GRTD = groups(x_BTD, (-1, of, *x_BTD.shape[1:]))
+    taken_GRTD = jnp.take_along_axis(x_GRTD, order_GR[:, :kept, None, None], 1)
+    y_BTD = branch(rows(taken_GRTD, (-1, *x_BTD.shape[1:])))
+    y_GRTD = groups(y_BTD, (-1, kept, *y_BTD.shape[1:]))
+    back_GRTD = jnp.take_along_axis(y_GRTD, jnp.minimum(place_GR, kept - 1)[..., None, None], 1)
+    y_GRTD = jnp.where((place_GR < kept)[..., None, None], back_GRTD * (of / kept), 0).astype(y_BTD.dtype)
+    return rows(y_GRTD, x_BTD.shape)
+
+
 def gather_time(x_BTD):
     """A residual stream whole over `tensor`, as products with weights take it."""
     return jax.sharding.reshard(x_BTD, spec("batch", "sequence", None))
@@ -394,6 +424,8 @@ class Block(nn.Module):
     """A pre-norm transformer block: self-attention, attention onto `memory` if there is one, MLP or experts.
 
     branch_scale: of what each of these adds to the residual stream; out_scale: of the weights that make it, at birth.
+    layer_scale:  at birth, of what each feature of a branch is multiplied by (Touvron et al. 2021); None: by nothing.
+    drop:         (n, of): stochastic depth, by which n of every so many rows of a batch skip a branch (`skipping`).
     """
 
     heads: int
@@ -404,31 +436,54 @@ class Block(nn.Module):
     mlp: Literal["gelu", "swiglu"] = "gelu"
     bias: bool = True
     qk_norm: bool = False
-    rope: bool = False
+    rope: float | None = None
     window: int | None = None
     experts: dict[str, Any] | None = None
     out_scale: float = 1.0
     branch_scale: float = 1.0
+    layer_scale: float | None = None
+    drop: tuple[int, int] = (0, 1)
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x_BTD, memory_BSD, masking):
         common = dict(heads=self.heads, kv_heads=self.kv_heads or self.heads, head_growth=self.head_growth,
                       bias=self.bias, qk_norm=self.qk_norm, out_scale=self.out_scale, dtype=self.dtype)
-        h = gather_time(Norm(self.norm, name="attention_norm")(x_BTD))
-        attention = Attention(**common, rope=self.rope, window=self.window, name="attention")
-        x_BTD = add(x_BTD, attention(h, **masking), self.branch_scale)
+
+        def attend(x_BTD):
+            h = gather_time(Norm(self.norm, name="attention_norm")(x_BTD))
+            attention = Attention(**common, rope=self.rope, window=self.window, name="attention")
+            return self.scaled(attention(h, **masking), "attention_scale")
+
+        x_BTD = self.plus(x_BTD, attend)
         if memory_BSD is not None:
             h = gather_time(Norm(self.norm, name="cross_norm")(x_BTD))
-            cross = Attention(**common, rope=False, window=None, name="cross")
+            cross = Attention(**common, rope=None, window=None, name="cross")
             x_BTD = add(x_BTD, cross(h, memory_BSD, mask="bidirectional"), self.branch_scale)
-        h = gather_time(Norm(self.norm, name="mlp_norm")(x_BTD))
-        hidden = self.hidden or 4 * x_BTD.shape[-1]
-        if self.experts:
-            mlp = Experts(**self.experts, hidden=hidden, out_scale=self.out_scale, dtype=self.dtype, name="experts")
-            return add(x_BTD, mlp(h, masking["zigzagged"]), self.branch_scale)
-        mlp = Mlp(hidden, self.mlp, self.bias, self.out_scale, self.dtype, name="mlp")
-        return add(x_BTD, mlp(h), self.branch_scale)
+
+        def transform(x_BTD):
+            h = gather_time(Norm(self.norm, name="mlp_norm")(x_BTD))
+            hidden = self.hidden or 4 * x_BTD.shape[-1]
+            if self.experts:
+                mlp = Experts(**self.experts, hidden=hidden, out_scale=self.out_scale, dtype=self.dtype, name="experts")
+                return mlp(h, masking["zigzagged"])
+            mlp = Mlp(hidden, self.mlp, self.bias, self.out_scale, self.dtype, name="mlp")
+            return self.scaled(mlp(h), "mlp_scale")
+
+        return self.plus(x_BTD, transform)
+
+    def scaled(self, y_BTD, name: str):
+        if self.layer_scale is None:
+            return y_BTD
+        init = nn.initializers.constant(self.layer_scale)
+        return channels.times(y_BTD, weight(self, name, init, y_BTD.shape[-1:], (None,)).astype(y_BTD.dtype))
+
+    def plus(self, x_BTD, branch: Callable):
+        """x and what a branch makes of it; in training without some of the rows."""
+        n, of = self.drop
+        if not n or not self.has_rng("drop"):
+            return add(x_BTD, branch(x_BTD), self.branch_scale)
+        return add(x_BTD, skipping(self.make_rng("drop"), x_BTD, branch, n, of), self.branch_scale)
 
 
 def queries_in_zigzag(*, positions=None, segments=None, bias_GRTS=None):
@@ -474,8 +529,8 @@ class Stack(nn.Module):
                 def step(block, x, memory, masking):
                     return body(block, x, memory, masking), None
 
-                scanned = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth,
-                                  in_axes=(nn.broadcast, nn.broadcast))
+                scanned = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True, "drop": True},
+                                  length=self.depth, in_axes=(nn.broadcast, nn.broadcast))
                 x_BTD = scanned(Block(**options, name="blocks"), x_BTD, memory_BSD, masking)[0]
             else:
                 if not self.is_initializing():

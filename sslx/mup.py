@@ -17,6 +17,7 @@ stack it is in by r; vectors that are looked up or added (embeddings, positions,
     | lion         | 1 / i                    |             |
     | sgd          | o r / i                  |             |
     | lars         | 1 / sqrt(min(i, o)), vectors o r |     |
+    | lamb         | 1 / sqrt(min(i, o)), vectors 1 / i |   |
 
 All come from one condition: a step moves a weight by a spectral norm of order sqrt(fan-out / fan-in), and a stack's
 blocks by 1 / depth each (Yang, Simon & Bernstein 2023). An update of adamw or lion is i o entries of size 1 that

@@ -1,5 +1,6 @@
 """Learning-rate schedules, the optax chain, and what parameters are kept in."""
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -38,16 +39,19 @@ class Optimizer(NamedTuple):
         return jax.tree.map(moved, params, updates, keys), opt_state
 
 
-def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "lion", "sgd", "lars"] = "adamw",
+def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "lion", "sgd", "lars", "lamb"] = "adamw",
          schedule: Literal["cosine", "wsd", "constant"] = "cosine", warmup: Natural = 0, decay: Natural = 0,
-         final: Share = 0.0, weight_decay: Nonnegative = 0.0, b1: Decay = 0.9, b2: Decay = 0.999,
+         final: Share = 0.0, weight_decay: Nonnegative = 0.0,
+         final_weight_decay: Nonnegative | None = None, layer_decay: Share = 1.0, b1: Decay = 0.9, b2: Decay = 0.999,
          momentum: Decay = 0.9, clip: Positive | None = None, moments: Literal["float32", "bfloat16"] = "float32",
          parameters: Literal["float32", "bfloat16"] = "float32", growth: dict[str, Any] | None = None) -> Optimizer:
     """An optimizer over `steps` steps.
 
     schedule:   linear warm-up over `warmup` steps, then "cosine" to `final` x learning_rate; or "wsd": constant,
                 then linear to `final` x learning_rate over the last `decay` steps; or "constant".
-    b1, b2:     of adamw and lion; `momentum` of sgd and lars.
+    final_weight_decay: to which weight decay moves along half a cosine (DINO).
+    layer_decay: of the learning rate, from each block to the one before it (`layer_factors`; Clark et al. 2020).
+    b1, b2:     of adamw, lion and lamb; `momentum` of sgd and lars.
     clip:       of the global norm of the gradient.
     moments:    dtype of the mean of gradients (of adamw, lion, and the momentum of sgd).
     parameters: dtype that matrices and embeddings are kept in. "bfloat16" without a copy in float32: what an update
@@ -73,7 +77,12 @@ def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "
         factors = (jax.tree.map(factor, growth, decayed(growth)) for factor in (before, after))
         return optax.chain(multiplied(next(factors)), tx, multiplied(next(factors)))
 
-    decays = optax.add_decayed_weights(weight_decay, decayed)
+    pull: Any = weight_decay
+    if final_weight_decay is not None:
+        def pull(step):
+            return weight_decay + (final_weight_decay - weight_decay) * (1 - jnp.cos(jnp.pi * step / steps)) / 2
+
+    decays = optax.add_decayed_weights(pull, decayed)
     tx = {
         # Adam makes of gradients k times as large what it makes of these with an epsilon of 1 / k.
         "adamw": lambda: optax.chain(grown(lambda g, _: g.o * g.r, optax.scale_by_adam(b1, b2, mu_dtype=moments),
@@ -84,8 +93,14 @@ def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "
                              optax.chain(decays, optax.sgd(rate, momentum, accumulator_dtype=moments)),
                              lambda g, _: 1),
         "lars": lambda: grown(lambda g, _: 1,
-                              optax.lars(rate, weight_decay, decayed, trust_ratio_mask=decayed, momentum=momentum),
+                              optax.lars(rate, pull, decayed, trust_ratio_mask=decayed, momentum=momentum),
                               lambda g, matrix: min(g.i, g.o) ** -0.5 if matrix else g.o * g.r),
+        # Scaled to the size of its parameter, an update forgets what its gradient was multiplied by.
+        "lamb": lambda: grown(lambda g, _: g.o * g.r,
+                              optax.chain(optax.scale_by_adam(b1, b2, 1e-6, mu_dtype=moments), decays,
+                                          optax.masked(optax.scale_by_trust_ratio(), decayed),
+                                          optax.scale_by_learning_rate(rate)),
+                              lambda g, matrix: min(g.i, g.o) ** -0.5 if matrix else 1 / g.i),
     }[optimizer]()
 
     def phase(step: int) -> str:
@@ -95,8 +110,49 @@ def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "
             return "stable"
         return "decay" if step < steps else "annealed"
 
+    if layer_decay != 1:
+        slow = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates,
+                                                               layer_factors(updates, layer_decay)))
+        tx = optax.chain(tx, slow)
     tx = tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
     return Optimizer(tx, rate, phase, parameters)
+
+
+FIRST = ("embed", "position_embedding", "cls", "registers", "mask", "stem", "stem_norm")
+
+
+def layer_factors(params: Any, decay: float) -> Any:
+    """decay^(L + 1 - l) for each parameter, l its block's place among the L of its stack; broadcasts against it.
+
+    What comes before the blocks is at l = 0, what comes after them, and heads, at L + 1.
+    """
+    def layer(path):
+        """(the stack that a parameter belongs to, the name of its block), or None."""
+        names = [key.key for key in path]
+        for i, name in enumerate(names):
+            if found := re.fullmatch(r"block_(\d+)|blocks|stage(\d+)_(\d+)", name):
+                return tuple(names[:i]), tuple(int(n) for n in found.groups() if n)
+        return None
+
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    places: dict[Any, dict[Any, int]] = {}
+    for path, x in leaves:
+        if found := layer(path):
+            stack, block = found
+            places.setdefault(stack, {})[block] = x.shape[0] if not block else 1
+    first = {stack[0]: sum(blocks.values()) for stack, blocks in places.items()}
+
+    def factor(path, x):
+        if found := layer(path):
+            stack, block = found
+            L = sum(places[stack].values())
+            if not block:
+                return decay ** jnp.arange(L, 0, -1.0).reshape(-1, *(1,) * (x.ndim - 1))
+            return decay ** (L - sorted(places[stack]).index(block))
+        top = path[0].key
+        return decay ** (first[top] + 1) if top in first and path[1].key in FIRST else 1.0
+
+    return jax.tree_util.tree_map_with_path(factor, params)
 
 
 def multiplied(factors: Any) -> optax.GradientTransformation:

@@ -32,7 +32,7 @@ KEY = jax.random.key(0)
 FLAT = 0.1  # d log change / d log size
 TUNED = 16  # the width of the base
 FEW, MANY = (32, 256), (32, 64, 128, 256, 512)
-RATE = {"adamw": 2e-2, "lion": 3e-3, "sgd": 0.3, "lars": 1.0}
+RATE = {"adamw": 2e-2, "lion": 3e-3, "sgd": 0.3, "lars": 1.0, "lamb": 2e-2}
 LARGE_STEPS = {"optim.learning_rate": RATE["adamw"], "optim.warmup": 0, "optim.schedule": "constant",
                "optim.clip": None}
 UNROLLED = {"model.heads": 2, "model.scan": False}

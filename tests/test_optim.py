@@ -146,7 +146,7 @@ def test_updates_below_the_last_bit_of_a_weight_add_up():
     np.testing.assert_allclose(moved["kernel"].std(), spread, rtol=0.1)  # every weight for itself
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd", "lars"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "sgd", "lars", "lamb"])
 def test_matrices_are_kept_in_bfloat16_and_the_rest_in_float32(optimizer):
     made = optim.make(steps=10, learning_rate=0.1, optimizer=optimizer, weight_decay=0.1, parameters="bfloat16")
     born = made.init(PARAMS)
@@ -155,3 +155,48 @@ def test_matrices_are_kept_in_bfloat16_and_the_rest_in_float32(optimizer):
         dtypes = jax.tree.map(lambda x: x.dtype == jnp.bfloat16, params)
         assert dtypes == DECAYED
         assert {x.dtype for x in jax.tree.leaves(opt_state)} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_weight_decay_moves_along_half_a_cosine():
+    tx = optim.make(steps=4, learning_rate=1.0, schedule="constant", weight_decay=0.2, final_weight_decay=0.6).tx
+    params, current = {"kernel": jnp.ones((2, 2))}, None
+    current, pulled = tx.init(params), []
+    for _ in range(5):
+        updates, current = tx.update(jax.tree.map(jnp.zeros_like, params), current, params)
+        pulled.append(float(-updates["kernel"][0, 0]))
+    np.testing.assert_allclose(pulled, [0.2, 0.4 - 0.2 / np.sqrt(2), 0.4, 0.4 + 0.2 / np.sqrt(2), 0.6], rtol=1e-5)
+
+
+def test_lamb_is_that_of_optax():
+    tx = optim.make(steps=10, learning_rate=0.1, optimizer="lamb", schedule="constant", weight_decay=0.5).tx
+    reference = optax.lamb(0.1, weight_decay=0.5)
+    params = {"kernel": jnp.arange(6.0).reshape(2, 3)}
+    ours, theirs = tx.init(params), reference.init(params)
+    for i in range(3):
+        grads = {"kernel": jnp.sin(jnp.arange(6.0).reshape(2, 3) + i)}
+        (a, ours), (b, theirs) = tx.update(grads, ours, params), reference.update(grads, theirs, params)
+        np.testing.assert_allclose(a["kernel"], b["kernel"], rtol=1e-5)
+
+
+def test_layer_decay_slows_what_comes_first():
+    unrolled = {"encoder": {"embed": {"kernel": jnp.ones((3, 2))}, "norm": {"scale": jnp.ones(2)}, "cls": jnp.ones(2),
+                            "stack": {f"block_{i}": {"mlp": {"kernel": jnp.ones((2, 2))}} for i in range(12)}},
+                "head": {"embed": {"kernel": jnp.ones((2, 2))}}}
+    factors = optim.layer_factors(unrolled, 0.5)
+    assert [factors["encoder"]["stack"][f"block_{i}"]["mlp"]["kernel"] for i in range(12)] == \
+        [0.5 ** (12 - i) for i in range(12)]
+    assert factors["encoder"]["embed"]["kernel"] == factors["encoder"]["cls"] == 0.5**13
+    assert factors["encoder"]["norm"]["scale"] == factors["head"]["embed"]["kernel"] == 1
+    scanned = {"encoder": unrolled["encoder"] | {"stack": {"blocks": {"mlp": {"kernel": jnp.ones((12, 2, 2))}}}}}
+    of_blocks = optim.layer_factors(scanned, 0.5)["encoder"]["stack"]["blocks"]["mlp"]["kernel"]
+    np.testing.assert_allclose(of_blocks.reshape(-1), [0.5 ** (12 - i) for i in range(12)])
+    stages = {"encoder": {name: {"kernel": jnp.ones((2, 2))} for name in ("stem", "stage0_0", "stage0_1", "stage1_0")}}
+    found = optim.layer_factors(stages, 0.5)["encoder"]
+    assert [found[name]["kernel"] for name in stages["encoder"]] == [1 / 16, 1 / 8, 1 / 4, 1 / 2]
+
+
+def test_layer_decay_multiplies_updates():
+    params = {"encoder": {"stack": {f"block_{i}": {"kernel": jnp.ones((2, 2))} for i in range(2)}}}
+    tx = optim.make(steps=10, learning_rate=0.1, optimizer="sgd", schedule="constant", momentum=0.0, layer_decay=0.5).tx
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert [float(u[0, 0]) for u in jax.tree.leaves(updates)] == pytest.approx([-0.025, -0.05])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sslx.config import Count
-from sslx.layers import Embed, Norm, Remat, Stack, nll, scores, weight
+from sslx.layers import ROPE, Embed, Norm, Remat, Stack, nll, scores, weight
 from sslx.models import Base, check_heads
 
 N_BUCKETS, FARTHEST = 32, 128
@@ -122,6 +122,6 @@ def make(*, vocab_size: Count, width: Count, depth: Count, heads: Count, decoder
     tuned = Base.of(base, position == "rope", width=width, depth=depth, decoder_depth=decoder_depth, heads=heads,
                     hidden=hidden)
     block = dict(heads=heads, head_growth=width / heads / tuned.head, hidden=hidden, norm=norm, mlp=mlp, bias=bias,
-                 rope=position == "rope", dtype=jnp.dtype(dtype))
+                 rope=ROPE if position == "rope" else None, dtype=jnp.dtype(dtype))
     return EncoderDecoder(vocab_size, width, depth, decoder_depth or depth, block, position, tied, scan, remat,
                           loss_chunks, jnp.dtype(dtype), tuned)

@@ -42,11 +42,20 @@ class Residual(nn.Module):
         return nn.relu(x + base_blocks / n_blocks * y)
 
 
-class Base(NamedTuple):
+class StagesBase(NamedTuple):
     """The sizes at which the optimizer's hyper-parameters were tuned (sslx/mup.py)."""
 
     width: Count
     stages: tuple[Count, ...]
+
+    @classmethod
+    def of(cls, base: dict[str, Any] | None, width: int, stages: tuple[int, ...]) -> "StagesBase":
+        """These sizes, changed by those of the base. Raises UserError if it has another number of stages."""
+        tuned = config.call(cls, smaller(base, dict(width=width, stages=stages)), "config.model.base")
+        if len(tuned.stages) != len(stages):
+            raise UserError(f"config.model.base.stages={tuned.stages} must be as many as model.stages={stages}, each of"
+                            " as many blocks as it had when the optimizer was tuned")
+        return tuned
 
 
 class ResNet(Backbone):
@@ -58,7 +67,7 @@ class ResNet(Backbone):
     stem: Literal["imagenet", "small", "small_stride2"]
     remat: Literal["none", "full"]
     dtype: Any
-    base: Base
+    base: StagesBase
 
     @nn.compact
     def __call__(self, images_BHWC, train: bool):
@@ -102,8 +111,4 @@ def make(*, stages: tuple[Count, ...] = (2, 2, 2, 2), width: Count = 64, bottlen
 
     Raises UserError if the base has another number of stages.
     """
-    tuned = config.call(Base, smaller(base, dict(width=width, stages=stages)), "config.model.base")
-    if len(tuned.stages) != len(stages):
-        raise UserError(f"config.model.base.stages={tuned.stages} must be as many as model.stages={stages}, each of as"
-                        " many blocks as it had when the optimizer was tuned")
-    return ResNet(stages, width, bottleneck, stem, remat, jnp.dtype(dtype), tuned)
+    return ResNet(stages, width, bottleneck, stem, remat, jnp.dtype(dtype), StagesBase.of(base, width, stages))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sslx import config
 from sslx.config import Count, Natural, Nonnegative, Positive, UserError
-from sslx.layers import Embed, Mask, Norm, Remat, Stack, nll, scores
+from sslx.layers import ROPE, Embed, Mask, Norm, Remat, Stack, nll, scores
 from sslx.models import Base, check_heads
 
 
@@ -104,8 +104,8 @@ def make(*, vocab_size: Count, max_length: Count, width: Count, depth: Count, he
     tuned = Base.of(base, position == "rope", width=width, depth=depth, heads=heads, kv_heads=kv_heads, hidden=hidden)
     mixed = None if experts is None else config.call(mixture, experts, "config.model.experts")
     block = dict(heads=heads, kv_heads=kv_heads, head_growth=width / heads / tuned.head, hidden=hidden, norm=norm,
-                 mlp=mlp, bias=bias, qk_norm=qk_norm, window=window, experts=mixed, rope=position == "rope",
-                 dtype=jnp.dtype(dtype))
+                 mlp=mlp, bias=bias, qk_norm=qk_norm, window=window, experts=mixed,
+                 rope=ROPE if position == "rope" else None, dtype=jnp.dtype(dtype))
     return Transformer(vocab_size, max_length, width, depth, block, position, tied, scan, remat, loss_chunks,
                        jnp.dtype(dtype), tuned)
 

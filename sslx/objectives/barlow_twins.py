@@ -42,7 +42,7 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
     tower = Tower(model, {"projector": Projector(features, features, 3, model.dtype, normed=False)})
 
     def loss(params, aux, drawn):
-        made, stats = tower(params, aux["stats"], drawn.large)
+        made, stats = tower(params, aux["stats"], drawn.large, drawn.key)
         return redundancy_reduction(*separate(made["projector"], 2), off_diagonal), {"stats": stats}
 
     return objective(tower, info, pair(view, second), loss)

@@ -41,7 +41,7 @@ def make(model: Backbone, info: Info, *, steps: Count, view: dict[str, Any], sec
 
     def loss(params, aux, drawn):
         aimed, teacher = target(aux["teacher"], params, drawn.large)
-        made, stats = online(params, aux["stats"], drawn.large)
+        made, stats = online(params, aux["stats"], drawn.large, drawn.key)
         (p_1, p_2), (z_1, z_2) = separate(made["predictor"], 2), separate(aimed["projector"], 2)
         return prediction_error(p_1, z_2) + prediction_error(p_2, z_1), {"stats": stats, "teacher": teacher}
 

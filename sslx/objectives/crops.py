@@ -60,3 +60,10 @@ class Drawn(NamedTuple):
     small: jax.Array | None
     batch: Batch
     key: jax.Array
+
+
+def multi(global_view: dict[str, Any], second: dict[str, Any] | None, local_view: dict[str, Any],
+          n_local: int) -> Crops:
+    """A `pair` of global views, and `n_local` local ones."""
+    local = config.call(augmentation, local_view, "config.objective.local_view")
+    return pair(global_view, second, "global_view")._replace(small=local, n_small=n_local)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sslx import config, flops
+from sslx import flops
 from sslx.config import Count, Natural, Positive
 from sslx.data import Info
 from sslx.layers import cross_entropy
@@ -16,10 +16,9 @@ from sslx.models import Backbone
 from sslx.models.heads import Projector, unit
 from sslx.objectives import Objective
 from sslx.objectives.assignment import sinkhorn
-from sslx.objectives.crops import pair
+from sslx.objectives.crops import multi
 from sslx.objectives.joint import Tower, embedded, objective
 from sslx.objectives.memory import lookup, spread, write
-from sslx.views.image import augmentation
 
 UNSEEN = -1
 
@@ -57,8 +56,7 @@ def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str,
                 data. Until an image was clustered, it is in the cluster that Sinkhorn's algorithm gives its first
                 crop most of: balanced, as the nearest one would not stay.
     """
-    local = config.call(augmentation, local_view, "config.objective.local_view")
-    crops = pair(global_view, second, "global_view")._replace(small=local, n_small=n_local)
+    crops = multi(global_view, second, local_view, n_local)
     tower = Tower(model, {"projector": Projector(hidden, features, 2, model.dtype, normed=False, bias=True)})
 
     def begin(params, stats, drawn):

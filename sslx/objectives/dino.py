@@ -8,18 +8,16 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from sslx import config
 from sslx.config import Count, Natural, Positive, Share
 from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Projector, Prototypes
 from sslx.objectives import Objective
 from sslx.objectives.assignment import centred, swapped_prediction
-from sslx.objectives.crops import pair
+from sslx.objectives.crops import multi
 from sslx.objectives.joint import Tower, embedded, objective, still
 from sslx.objectives.teacher import Teacher, linear, moving_average
 from sslx.views import separate
-from sslx.views.image import augmentation
 
 
 def self_distillation(student_VBK, teacher_GBK, centre_K, student_temperature: float, teacher_temperature):
@@ -42,8 +40,7 @@ def make(model: Backbone, info: Info, *, steps: Count, global_view: dict[str, An
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
     freeze_prototypes:   steps in which the last layer stays as it was drawn.
     """
-    local = config.call(augmentation, local_view, "config.objective.local_view")
-    crops = pair(global_view, second, "global_view")._replace(small=local, n_small=n_local)
+    crops = multi(global_view, second, local_view, n_local)
     mlp = Projector(hidden, bottleneck, 3, model.dtype, batch_norm=False, activation=nn.gelu)
     tower = Tower(model, {"projector": mlp, "prototypes": Prototypes(n_prototypes, model.dtype)})
     teacher = Teacher(tower, steps, momentum)

@@ -4,7 +4,7 @@ B batch, V views, D features; N = B V rows, the views of an image side by side (
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import chex
 import flax.linen as nn
@@ -20,6 +20,15 @@ from sslx.objectives.crops import Crops, Drawn
 from sslx.objectives.image import check_images, grid_patches
 from sslx.views import separate
 from sslx.views.image import to_float
+
+
+class Embeds(Protocol):
+    """A tower, as far as all objectives know it: parameters by the name of the part, "encoder" among them."""
+
+    @property
+    def backbone(self) -> Backbone: ...
+    def init(self, key: Any, images: Any) -> tuple[Any, Any]: ...
+    def of(self, larger: Any) -> Any: ...
 
 
 class Tower(NamedTuple):
@@ -47,16 +56,16 @@ class Tower(NamedTuple):
         for key_part, (name, part, options) in zip(jax.random.split(key, len(self.parts)), self.parts, strict=True):
             stats[name] = dict(part.init(key_part, x, **options))
             x = part.apply(stats[name], x, **options | {"train": False})
-            params[name] = stats[name].pop("params")
+            params[name] = stats[name].pop("params", {})  # a head may have none
         return params, stats
 
-    def __call__(self, params, stats, images):
-        """({name: what the part makes of the images, [N, D]}, stats moved on)"""
+    def __call__(self, params, stats, images, key=None):
+        """({name: what the part makes of the images, [N, D]}, stats moved on); what blocks drop, `key` draws."""
         made, moved, x = {}, {}, images
         for name, part, options in self.parts:
             with jax.named_scope(name):
                 x, moved[name] = part.apply({"params": params[name], **stats[name]}, x, mutable=list(stats[name]),
-                                            **options)
+                                            rngs={} if key is None else {"drop": key}, **options)
             made[name] = x
         return made, moved
 
@@ -64,10 +73,10 @@ class Tower(NamedTuple):
 def embedded(tower: Tower, params, stats, crops: Crops, drawn: Drawn):
     """({name: what the part makes of each crop, [B, D] each, large ones first}, stats moved on)"""
     found: dict[str, list[jax.Array]] = {name: [] for name, _, _ in tower.parts}
-    for images, n in ((drawn.large, len(crops.large)), (drawn.small, crops.n_small)):
+    for i, (images, n) in enumerate(((drawn.large, len(crops.large)), (drawn.small, crops.n_small))):
         if images is not None:
             with jax.named_scope("student"):
-                made, stats = tower(params, stats, images)
+                made, stats = tower(params, stats, images, jax.random.fold_in(drawn.key, i))
             for name, x in made.items():
                 found[name] += separate(x, n)
     return found, stats
@@ -95,7 +104,7 @@ def still(params, name: str, held):
     return params | {name: part}
 
 
-def objective(tower: Tower, info: Info, crops: Crops, loss: Callable,
+def objective(tower: Embeds, info: Info, crops: Crops, loss: Callable,
               begin: Callable = lambda params, stats, drawn: {"stats": stats},
               judged: Callable = lambda params, aux: (params["encoder"], aux["stats"]["encoder"]),
               reads: tuple[str, ...] = ()) -> Objective:

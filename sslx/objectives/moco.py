@@ -49,7 +49,7 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
         views = separate(drawn.large, 2)
         asked, answered = (drawn.large, drawn.large) if symmetric else views
         of_teacher, carried = teacher(aux["teacher"], params, answered)
-        made, stats = tower(params, aux["stats"], asked)
+        made, stats = tower(params, aux["stats"], asked, drawn.key)
         q, k = unit(made["projector"]), unit(of_teacher["projector"])
         pairs = list(zip(separate(q, 2), separate(k, 2)[::-1], strict=True)) if symmetric else [(q, k)]
         with jax.named_scope("loss"):

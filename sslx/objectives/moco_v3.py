@@ -33,7 +33,7 @@ def make(model: Backbone, info: Info, *, steps: Count, view: dict[str, Any], sec
 
     def loss(params, aux, drawn):
         of_teacher, teacher = momentum_encoder(aux["teacher"], params, drawn.large)
-        made, stats = online(params, aux["stats"], drawn.large)
+        made, stats = online(params, aux["stats"], drawn.large, drawn.key)
         (q_1, q_2), (k_1, k_2) = (separate(unit(x), 2) for x in (made["predictor"], of_teacher["projector"]))
         value = info_nce(q_1, k_2, temperature, chunks) + info_nce(q_2, k_1, temperature, chunks)
         return 2 * temperature * value, {"stats": stats, "teacher": teacher}

@@ -30,7 +30,7 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
         return {"stats": stats, "queue": support.begin(drawn.key, len(drawn.batch["image"]))}
 
     def loss(params, aux, drawn):
-        made, stats = tower(params, aux["stats"], drawn.large)
+        made, stats = tower(params, aux["stats"], drawn.large, drawn.key)
         (z_1, z_2), (p_1, p_2) = (separate(unit(made[name]), 2) for name in ("projector", "predictor"))
         near_1, near_2 = (support.nearest(aux["queue"], z_BD) for z_BD in (z_1, z_2))
         value = (info_nce(near_1, p_2, temperature) + info_nce(near_2, p_1, temperature)) / 2

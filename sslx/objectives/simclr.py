@@ -46,7 +46,7 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
     tower = Tower(model, {"projector": Projector(hidden, features, depth, model.dtype)})
 
     def loss(params, aux, drawn):
-        made, stats = tower(params, aux["stats"], drawn.large)
+        made, stats = tower(params, aux["stats"], drawn.large, drawn.key)
         with jax.named_scope("loss"):
             return nt_xent(*separate(unit(made["projector"]), 2), temperature, chunks), {"stats": stats}
 

@@ -29,7 +29,7 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
                           "predictor": Projector(bottleneck, features, 2, model.dtype, normed=False, bias=True)})
 
     def loss(params, aux, drawn):
-        made, stats = tower(params, aux["stats"], drawn.large)
+        made, stats = tower(params, aux["stats"], drawn.large, drawn.key)
         (z_1, z_2), (p_1, p_2) = (separate(made[name], 2) for name in ("projector", "predictor"))
         return (negative_cosine(p_1, z_2) + negative_cosine(p_2, z_1)) / 2, {"stats": stats}
 

@@ -51,7 +51,7 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
     tower = Tower(model, {"projector": Projector(hidden, features, depth, model.dtype)})
 
     def loss(params, aux, drawn):
-        made, stats = tower(params, aux["stats"], drawn.large)
+        made, stats = tower(params, aux["stats"], drawn.large, drawn.key)
         z, label_B = separate(unit(made["projector"]), 2), drawn.batch["label"]
         with jax.named_scope("loss"):
             return supervised_contrast(*z, label_B, info.num_classes, temperature, chunks), {"stats": stats}

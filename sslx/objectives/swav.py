@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sslx import config
 from sslx.config import Count, Natural, Positive
 from sslx.data import Info
 from sslx.models import Backbone
@@ -16,9 +15,8 @@ from sslx.models.heads import Projector, Prototypes, unit
 from sslx.objectives import Objective
 from sslx.objectives.assignment import sinkhorn, swapped_prediction
 from sslx.objectives.contrast import Queue
-from sslx.objectives.crops import pair
+from sslx.objectives.crops import multi
 from sslx.objectives.joint import Tower, embedded, objective, still
-from sslx.views.image import augmentation
 
 
 def make(model: Backbone, info: Info, *, global_view: dict[str, Any], local_view: dict[str, Any],
@@ -35,8 +33,7 @@ def make(model: Backbone, info: Info, *, global_view: dict[str, Any], local_view
                        `queue_from` on.
     freeze_prototypes: steps in which they stay as they were drawn.
     """
-    local = config.call(augmentation, local_view, "config.objective.local_view")
-    crops = pair(global_view, second, "global_view")._replace(small=local, n_small=n_local)
+    crops = multi(global_view, second, local_view, n_local)
     prototypes = Prototypes(n_prototypes, model.dtype)
     tower = Tower(model, {"projector": Projector(hidden, features, 2, model.dtype, normed=False, bias=True),
                           "prototypes": prototypes})

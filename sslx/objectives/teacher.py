@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sslx.objectives.joint import Tower
+from sslx.objectives.joint import Embeds
 
 
 class Teacher(NamedTuple):
@@ -15,7 +15,7 @@ class Teacher(NamedTuple):
     {"params", "stats", "step"}.
     """
 
-    tower: Tower
+    tower: Embeds
     steps: int
     momentum: tuple[float, float]
 
@@ -29,11 +29,15 @@ class Teacher(NamedTuple):
 
         It first follows `params`, those that the last step left, so that the average is part of this step.
         """
-        momentum = cosine(carried["step"], self.steps, *self.momentum)
-        followed = moving_average(carried["params"], self.tower.of(params), momentum)
+        followed = self.follow(carried, params)
         with jax.named_scope("teacher"):
             made, stats = self.tower(followed, carried["stats"], images)
         return jax.lax.stop_gradient(made), {"params": followed, "stats": stats, "step": carried["step"] + 1}
+
+    def follow(self, carried, params):
+        """The parameters of a step whose student's are `params`."""
+        momentum = cosine(carried["step"], self.steps, *self.momentum)
+        return moving_average(carried["params"], self.tower.of(params), momentum)
 
     @staticmethod
     def judged(params, aux):

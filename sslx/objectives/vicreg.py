@@ -49,7 +49,7 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
     alike, varied, apart = weights
 
     def loss(params, aux, drawn):
-        made, stats = tower(params, aux["stats"], drawn.large)
+        made, stats = tower(params, aux["stats"], drawn.large, drawn.key)
         a, b = (x.astype(jnp.float32) for x in separate(made["expander"], 2))
         spread, shared = (variance(a) + variance(b)) / 2, covariance(a) + covariance(b)
         return alike * invariance(a, b) + varied * spread + apart * shared, {"stats": stats}

@@ -49,7 +49,7 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
     tower = Tower(model, {"projector": Projector(hidden, features, 2, model.dtype, normed=False)})
 
     def loss(params, aux, drawn):
-        made, stats = tower(params, aux["stats"], drawn.large)
+        made, stats = tower(params, aux["stats"], drawn.large, drawn.key)
         a, b = (whitened(x, groups, shrinkage) for x in separate(made["projector"], 2))
         return 2 - 2 * mean_cosine(a, b), {"stats": stats}
 

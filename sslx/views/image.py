@@ -12,6 +12,7 @@ from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sslx import views
 from sslx.config import Count, Nonnegative, Only, Share, UserError
@@ -273,3 +274,25 @@ def unpatchify(patches_BND: jax.Array, p: int, shape: tuple[int, int, int]) -> j
     reshape = functools.partial(jnp.reshape, out_sharding=views.rows())
     tiles = reshape(patches_BND, (batch, height // p, width // p, p, p, channels))
     return reshape(tiles.transpose(0, 1, 3, 2, 4, 5), (batch, height, width, channels))
+
+
+def block_masks(key: jax.Array, batch: int, grid: tuple[int, int], shares: tuple[float, float],
+                probability: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(hidden bool [B, N], ids [B, M] of patches, weights [B, M]) of masks for patches of a grid, in blocks.
+
+    With `probability` an image hides a share of its N patches, uniform in `shares`: those nearest to a random place,
+    in a measure of random shape (log-uniform in 1/3 to 3). The first of its ids are these, of weights that sum to 1;
+    weights of other ids and images are 0. M is the greatest number hidden. (Bao et al. 2022 join several blocks.)
+    """
+    rows, cols = grid
+    u = views.uniform(key, (batch, 5))
+    row_N, col_N = np.divmod(np.arange(rows * cols), cols)
+    ratio_B1 = 3 ** (2 * u[:, :1] - 1)
+    far_BN = jnp.maximum(jnp.abs(row_N - rows * u[:, 1:2] + 0.5) * ratio_B1, jnp.abs(col_N - cols * u[:, 2:3] + 0.5))
+    share_B1 = jnp.where(u[:, 3:4] < probability, between(u[:, 4:], *shares), 0)
+    most = max(1, round(shares[1] * rows * cols))
+    n_B1 = jnp.minimum(jnp.round(share_B1 * rows * cols), most)
+    order_BN = jnp.argsort(far_BN, 1)
+    hidden_BN = jnp.argsort(order_BN, 1) < n_B1
+    weight_BM = (jnp.arange(most) < n_B1) / jnp.maximum(n_B1, 1)
+    return hidden_BN, order_BN[:, :most], weight_BM

@@ -13,13 +13,14 @@ from test_losses import assert_same, nll, softmax, unit
 from sslx.config import UserError
 from sslx.experiment import build
 from sslx.models import heads
-from sslx.objectives.assignment import swapped_prediction
+from sslx.objectives.assignment import centred, sinkhorn, swapped_prediction
 from sslx.objectives.barlow_twins import redundancy_reduction
 from sslx.objectives.byol import prediction_error
 from sslx.objectives.contrast import info_nce
 from sslx.objectives.dino import self_distillation
 from sslx.objectives.joint import mean_cosine
 from sslx.objectives.lejepa import sigreg
+from sslx.objectives.masked_distillation import gram_anchoring, koleo, masked_prediction
 from sslx.objectives.moco import queue_contrast
 from sslx.objectives.simclr import nt_xent
 from sslx.objectives.simsiam import negative_cosine
@@ -127,7 +128,6 @@ def sinkhorn_by_the_paper(scores):
 
 
 def swav(a, b):
-    from sslx.objectives.assignment import sinkhorn
     return swapped_prediction([jnp.tanh(a) / 0.1, jnp.tanh(b) / 0.1],
                               [jax.lax.stop_gradient(sinkhorn(jnp.tanh(constant(n, *a.shape)), 0.05)) for n in "ab"])
 
@@ -159,6 +159,59 @@ def dino_of_lightly(losses, torch):
     return loss
 
 
+def masks(B):
+    """(weights [B, M] of hidden patches, those that count at all) of B // M images with M patches each, as rows."""
+    M = 2 if B % 2 == 0 else 1
+    hidden = np.random.default_rng(B).uniform(size=(B // M, M)) < 0.7
+    return (hidden / np.maximum(hidden.sum(1, keepdims=True), 1)).astype(np.float32), hidden
+
+
+def patches(a, b):
+    """iBOT's loss: rows are patches of images, the second view is the teacher's logits."""
+    weight, _ = masks(len(a))
+    q = centred(b, constant("c", a.shape[1]), 0.07)
+    return masked_prediction(*(x.reshape(*weight.shape, -1) for x in (a / 0.1, q)), weight)
+
+
+def patches_by_the_paper(a, b):
+    weight, _ = masks(len(a))
+    c = np.float64(constant("c", a.shape[1]))
+    nll_of = [-softmax((t - c) / 0.07) @ np.log(softmax(s / 0.1)) for s, t in zip(a, b, strict=True)]
+    return (np.float64(weight).reshape(-1) @ nll_of) / len(weight)
+
+
+def patches_of_lightly(losses, torch):
+    def loss(a, b):
+        weight, hidden = masks(len(a))
+        criterion = losses.IBOTPatchLoss(output_dim=a.shape[1], teacher_temp=0.07)
+        criterion.center.value.copy_(torch.tensor(constant("c", a.shape[1]))[None])
+        chosen = torch.tensor(hidden.reshape(-1))
+        return criterion(b[chosen], a[chosen], torch.tensor(hidden)[:, :, None])
+
+    return loss
+
+
+def koleo_by_the_paper(a, b):
+    def of(x):
+        x = unit(x)
+        far = np.linalg.norm(x[:, None] - x + 1e-6, axis=2) + 1e9 * np.eye(len(x))
+        return -np.log(far.min(1) + 1e-8).mean()
+
+    return (of(a) + of(b)) / 2
+
+
+def koleo_of_lightly(losses, torch):
+    return lambda a, b: (losses.KoLeoLoss()(a) + losses.KoLeoLoss()(b)) / 2
+
+
+def gram(a, b):
+    return gram_anchoring(a[None], b[None])
+
+
+def gram_by_the_paper(a, b):
+    return np.square(unit(a) @ unit(a).T - unit(b) @ unit(b).T).mean()
+
+
 def labels(B):
     return np.arange(B) % max(1, B // 3)
 
@@ -180,6 +233,7 @@ class Case(NamedTuple):
     lightly: Callable | None = None
     target: bool = False  # the second view is a target and gets no gradient
     least: int = 1  # rows for each feature
+    whole: bool = False  # rows are of one image, and on one device
 
 
 LOSSES = {
@@ -200,6 +254,9 @@ LOSSES = {
                    sigreg_by_the_paper, lejepa_of_lightly),
     "swav": Case(swav, swav_by_the_paper, lambda losses, torch: lambda a, b: swav_of_lightly(losses, torch, a, b)),
     "dino": Case(dino, dino_by_the_paper, dino_of_lightly),
+    "ibot_patches": Case(patches, patches_by_the_paper, patches_of_lightly, target=True),
+    "koleo": Case(lambda a, b: (koleo(a) + koleo(b)) / 2, koleo_by_the_paper, koleo_of_lightly),
+    "gram": Case(gram, gram_by_the_paper, target=True, whole=True),
     "sup_con": Case(lambda a, b: supervised_contrast(heads.unit(a), heads.unit(b), labels(len(a)), len(a), 0.3),
                     sup_con_by_the_paper),
 }
@@ -254,7 +311,7 @@ def test_loss_is_that_of_lightly(name, seed, B, D, one_device):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5 * np.abs(expected[0]).max())
 
 
-@every_loss
+@pytest.mark.parametrize("name", [name for name, case in LOSSES.items() if not case.whole])
 @pytest.mark.parametrize("shape", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=["8", "2x2x2"])
 def test_loss_on_8_devices_is_that_of_one(name, shape, one_device):
     gradient = jax.jit(jax.value_and_grad(LOSSES[name].ours, (0, 1)))

@@ -207,3 +207,28 @@ def test_values_out_of_range_name_the_option(options):
 def test_patches_that_do_not_tile_are_an_error():
     with pytest.raises(UserError, match="3 x 3"):
         image.patchify(pixels(), 3)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+def test_block_masks_hide_what_they_say(grid):
+    n, shares = grid[0] * grid[1], (0.2, 0.6)
+    hidden, ids, weights = map(np.asarray, image.block_masks(KEY, 400, grid, shares, 0.5))
+    most = round(0.6 * n)
+    assert hidden.shape == (400, n) and ids.shape == weights.shape == (400, most)
+    counts = hidden.sum(1)
+    assert 0.4 < (counts > 0).mean() < 0.6
+    assert counts[counts > 0].min() == round(0.2 * n) and counts.max() == most
+    for row in range(400):
+        chosen = weights[row] > 0
+        assert set(ids[row][chosen]) == set(np.flatnonzero(hidden[row]))
+        assert not chosen.any() or abs(weights[row].sum() - 1) < 1e-6
+        assert np.ptp(weights[row][chosen]) == 0 if chosen.any() else True
+    of_patch = hidden[counts > 0].mean(0)
+    assert of_patch.min() > 0.15  # every patch is hidden at times
+
+
+def test_block_masks_are_blocks():
+    """Hidden patches have hidden neighbours, more than as many at random would have."""
+    hidden = np.asarray(image.block_masks(KEY, 300, (8, 8), (0.25, 0.25), 1.0)[0]).reshape(-1, 8, 8)
+    together = (hidden[:, 1:] & hidden[:, :-1]).sum() + (hidden[:, :, 1:] & hidden[:, :, :-1]).sum()
+    assert together / 300 > 2 * 112 * 0.25**2  # of 112 pairs of neighbours
