@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     images = dict(name="digits") if digits else dict(name="idx", path="fashion-mnist")
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.model = dict(name="vit", image_size=size, patch=patch, width=width, depth=2 if debug else 4, heads=4,
+    config.model = dict(name="vit", image_size=size, patch=patch, width=width, depth=1 if debug else 4, heads=4,
                         pool="cls", position="learned", norm="rms", bias=False, scan=False, dtype="bfloat16")
     view = dict(flip=0.0 if digits else 0.5, brightness=0.4, contrast=0.4, blur=0.0)
     config.objective = dict(name="ibot", steps=steps, global_view=view | dict(size=size, scale=(0.4, 1.0)),

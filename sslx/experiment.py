@@ -31,7 +31,8 @@ Best = Annotated[str, Only(lambda text: re.fullmatch("(min|max):.+", text) is no
 class Run(NamedTuple):
     """config.run. Intervals are in steps.
 
-    accumulate: micro-batches per step; a contrastive loss sees the negatives of its micro-batch.
+    accumulate: micro-batches per step; a contrastive loss sees the negatives of its micro-batch, and what is carried
+                (a teacher, a queue, steps of a schedule of theirs) moves on with each.
     overlap:    compiles with the options that let communication run beside computation (sslx/topology.py).
     log_every, eval_every, save_every: points, evaluations, checkpoints; the last step has all three.
     eval_first: an evaluation of the random weights, the baselines `@random_init`.

@@ -14,7 +14,9 @@ def test_the_example_of_an_objective_is_the_file():
 
 
 def test_every_config_is_listed():
-    assert set(re.findall(r"^\| `(\w+\.py)`", README, re.M)) == {p.name for p in (ROOT / "configs").glob("*.py")}
+    pages = [README, *(page.read_text() for page in (ROOT / "docs").glob("*.md"))]
+    listed = {name for page in pages for name in re.findall(r"^\| `(\w+\.py)`", page, re.M)}
+    assert listed == {p.name for p in (ROOT / "configs").glob("*.py")}
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:sslx|configs)/[\w/]+\.py)`", README))))

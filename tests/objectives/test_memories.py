@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from experiments import CONFIGS, experiment
 from test_losses import unit
 
+from sslx import state
 from sslx.config import UserError
+from sslx.experiment import build
 from sslx.objectives import memory
 from sslx.objectives.assignment import sinkhorn
 from sslx.objectives.contrast import Queue
@@ -113,3 +116,35 @@ def test_k_means_is_that_of_all_rows(on_mesh):
     np.testing.assert_allclose(centroids, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(np.asarray(cluster)[:-8], (x @ expected.T).argmax(1)[:-8])
     assert (np.asarray(cluster)[-8:] == UNSEEN).all()
+
+
+def test_what_an_objective_reads_beside_images_is_on_the_devices():
+    built = experiment("sup_con_fashion_mnist")
+    batch, host = next(built.batches(3, 4))
+    rows = [built.source.examples[i] for i in host["index"]]
+    assert set(batch) == {"image", "label"}
+    np.testing.assert_array_equal(batch["label"], [row["label"] for row in rows])
+    built = experiment("deepcluster_fashion_mnist")
+    batch, host = next(built.batches(3, 4))
+    assert set(batch) == {"image", "index"}
+    np.testing.assert_array_equal(batch["index"], host["index"])
+
+
+def test_an_objective_that_learns_from_labels_takes_no_data_without():
+    built = experiment("sup_con_fashion_mnist")
+    without = built.source._replace(info=built.source.info._replace(num_classes=None))
+    conf = CONFIGS["sup_con_fashion_mnist"].copy_and_resolve_references()
+    conf.mesh = dict(data=1)
+    with pytest.raises(UserError, match="config.objective.name='sup_con' learns from labels, and 'digits/train' has"):
+        build(conf, jax.devices()[:1], without)
+
+
+def test_heldout_loss_of_labels_is_of_their_own():
+    conf = CONFIGS["sup_con_fashion_mnist"].copy_and_resolve_references()
+    conf.mesh, conf.evals = dict(data=1), dict(batch_size=16, heldout=dict(batches=2, source=dict(name="digits",
+                                                                                                  split="test")))
+    built = build(conf, jax.devices()[:1])
+    with jax.set_mesh(built.mesh):
+        start = state.create(built.objective, built.optimizer, 0, next(built.batches(0, 1))[0])
+        found = built.evaluation.evaluate(start.params, start.aux)
+    assert np.isfinite(found["heldout/loss"]) and found["heldout/loss"] > 1
