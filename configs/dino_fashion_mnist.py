@@ -24,11 +24,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                             local_view=view | dict(size=small, scale=(0.15, 0.4)), n_local=2,
                             n_prototypes=64 if debug else 1024, hidden=64 if debug else 256,
                             bottleneck=32 if debug else 64, teacher_temperature=(0.04, 0.06),
-                            temperature_warmup=steps // 4, momentum=(0.99, 1.0),
-                            freeze_prototypes=steps // 20)
+                            temperature_warmup=steps // 4, momentum=(0.99, 1.0))
     config.data = dict(batch_size=32 if debug else 128, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=1e-3, schedule="cosine", warmup=steps // 10, weight_decay=0.04,
-                        clip=3.0)
+                        clip=3.0, freeze_prototypes=steps // 20)
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 2, save_every=steps // 3)
     config.evals = dict(
         batch_size=32 if debug else 500,

@@ -17,19 +17,19 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     images = dict(name="digits") if digits else dict(name="idx", path="fashion-mnist")
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.model = dict(name="vit", image_size=size, patch=patch, width=width, depth=1 if debug else 4, heads=4,
-                        pool="cls", position="rope", registers=4, mlp="swiglu", layer_scale=0.1, drop=0.25,
-                        drop_group=4, norm="rms", bias=False, scan=False, dtype="bfloat16")
+    config.model = dict(name="vit", image_size=size, patch=patch, width=width, depth=2 if debug else 4, heads=4,
+                        pool="cls", position="rope", registers=4, mlp="swiglu", layer_scale=1.0 if debug else 0.1,
+                        drop=0.25, drop_group=4, norm="rms", bias=False, scan=False, dtype="bfloat16")
     view = dict(flip=0.0 if digits else 0.5, brightness=0.4, contrast=0.4, blur=0.0)
     config.objective = dict(name="dinov2", steps=steps, global_view=view | dict(size=size, scale=(0.4, 1.0)),
                             local_view=view | dict(size=small, scale=(0.15, 0.4)), n_local=2,
                             n_prototypes=64 if debug else 1024, hidden=64 if debug else 256,
-                            bottleneck=32 if debug else 64, teacher_temperature=(0.04, 0.06),
-                            temperature_warmup=steps // 4, momentum=(0.99, 1.0),
-                            freeze_prototypes=steps // 20, gram_weight=1.0, gram_every=max(1, steps // 10))
+                            bottleneck=32 if debug else 64, patch_bottleneck=32 if debug else 64,
+                            teacher_temperature=(0.04, 0.06), temperature_warmup=steps // 4, momentum=(0.99, 1.0),
+                            gram_weight=1.0, gram_from=steps // 3, gram_every=steps // 6)
     config.data = dict(batch_size=32 if debug else 128, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=1e-3, schedule="cosine", warmup=steps // 10, weight_decay=0.04,
-                        clip=3.0)
+                        clip=3.0, freeze_prototypes=steps // 20)
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 2, save_every=steps // 3)
     config.evals = dict(
         batch_size=32 if debug else 500,

@@ -23,9 +23,10 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                  local_view=view | dict(size=small, scale=(0.15, 0.4)))
     config.objective = dict(name="swav", **crops, n_local=2, n_prototypes=16 if debug else 256,
                             hidden=32 if debug else 512, features=16 if debug else 128, queue=64 if debug else 1024,
-                            queue_from=steps // 10, freeze_prototypes=steps // 20)
+                            queue_from=steps // 10)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
-    config.optim = dict(steps=steps, learning_rate=2e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4)
+    config.optim = dict(steps=steps, learning_rate=2e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4,
+                        freeze_prototypes=steps // 20)
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 2, save_every=steps // 3)
     config.evals = dict(
         batch_size=32 if debug else 500,

@@ -42,7 +42,8 @@ class Optimizer(NamedTuple):
 def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "lion", "sgd", "lars", "lamb"] = "adamw",
          schedule: Literal["cosine", "wsd", "constant"] = "cosine", warmup: Natural = 0, decay: Natural = 0,
          final: Share = 0.0, weight_decay: Nonnegative = 0.0,
-         final_weight_decay: Nonnegative | None = None, layer_decay: Share = 1.0, b1: Decay = 0.9, b2: Decay = 0.999,
+         final_weight_decay: Nonnegative | None = None, layer_decay: Share = 1.0,
+         freeze_prototypes: Natural = 0, b1: Decay = 0.9, b2: Decay = 0.999,
          momentum: Decay = 0.9, clip: Positive | None = None, moments: Literal["float32", "bfloat16"] = "float32",
          parameters: Literal["float32", "bfloat16"] = "float32", growth: dict[str, Any] | None = None) -> Optimizer:
     """An optimizer over `steps` steps.
@@ -51,6 +52,7 @@ def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "
                 then linear to `final` x learning_rate over the last `decay` steps; or "constant".
     final_weight_decay: to which weight decay moves along half a cosine (DINO).
     layer_decay: of the learning rate, from each block to the one before it (`layer_factors`; Clark et al. 2020).
+    freeze_prototypes: steps in which prototypes stay as they were drawn, while their moments come to know them.
     b1, b2:     of adamw, lion and lamb; `momentum` of sgd and lars.
     clip:       of the global norm of the gradient.
     moments:    dtype of the mean of gradients (of adamw, lion, and the momentum of sgd).
@@ -114,11 +116,14 @@ def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "
         slow = optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates,
                                                                layer_factors(updates, layer_decay)))
         tx = optax.chain(tx, slow)
+    if freeze_prototypes:
+        held = optax.scale_by_schedule(lambda step: jnp.where(step < freeze_prototypes, 0.0, 1.0))
+        tx = optax.chain(tx, optax.masked(held, prototypes))
     tx = tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
     return Optimizer(tx, rate, phase, parameters)
 
 
-FIRST = ("embed", "position_embedding", "cls", "registers", "mask", "stem", "stem_norm")
+FIRST = ("embed", "tokens", "positions", "position_embedding", "cls", "registers", "mask", "stem", "stem_norm")
 
 
 def layer_factors(params: Any, decay: float) -> Any:
@@ -130,8 +135,9 @@ def layer_factors(params: Any, decay: float) -> Any:
         """(the stack that a parameter belongs to, the name of its block), or None."""
         names = [key.key for key in path]
         for i, name in enumerate(names):
-            if found := re.fullmatch(r"block_(\d+)|blocks|stage(\d+)_(\d+)", name):
-                return tuple(names[:i]), tuple(int(n) for n in found.groups() if n)
+            if found := re.fullmatch(r"block_(\d+)|blocks|stage(\d+)_(\d+)|reduce(\d+)(?:_norm)?", name):
+                place = tuple(int(n) for n in found.groups() if n)
+                return tuple(names[:i]), (*place, 0) if name.startswith("reduce") else place
         return None
 
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -140,7 +146,8 @@ def layer_factors(params: Any, decay: float) -> Any:
         if found := layer(path):
             stack, block = found
             places.setdefault(stack, {})[block] = x.shape[0] if not block else 1
-    first = {stack[0]: sum(blocks.values()) for stack, blocks in places.items()}
+    of_network = {stack[:-1] if stack[-1] == "stack" else stack: sum(blocks.values())
+                  for stack, blocks in places.items()}
 
     def factor(path, x):
         if found := layer(path):
@@ -149,8 +156,11 @@ def layer_factors(params: Any, decay: float) -> Any:
             if not block:
                 return decay ** jnp.arange(L, 0, -1.0).reshape(-1, *(1,) * (x.ndim - 1))
             return decay ** (L - sorted(places[stack]).index(block))
-        top = path[0].key
-        return decay ** (first[top] + 1) if top in first and path[1].key in FIRST else 1.0
+        names = tuple(key.key for key in path)
+        for network, L in of_network.items():
+            if names[:len(network)] == network and names[len(network)] in FIRST:
+                return decay ** (L + 1)
+        return 1.0
 
     return jax.tree_util.tree_map_with_path(factor, params)
 
@@ -176,6 +186,11 @@ def stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
     rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def prototypes(params):
+    """Which parameters are prototypes, by name."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "prototypes", params)
 
 
 def decayed(params):

@@ -200,3 +200,26 @@ def test_layer_decay_multiplies_updates():
     tx = optim.make(steps=10, learning_rate=0.1, optimizer="sgd", schedule="constant", momentum=0.0, layer_decay=0.5).tx
     updates, _ = tx.update(params, tx.init(params), params)
     assert [float(u[0, 0]) for u in jax.tree.leaves(updates)] == pytest.approx([-0.025, -0.05])
+
+
+def test_frozen_prototypes_start_with_moments_of_what_they_missed():
+    tx = optim.make(steps=10, learning_rate=0.1, schedule="constant", weight_decay=0.5, freeze_prototypes=3).tx
+    params = {"head": {"prototypes": jnp.ones((2, 4)), "kernel": jnp.ones((2, 4))}}
+    current, moves = tx.init(params), []
+    for _ in range(5):
+        updates, current = tx.update(params, current, params)
+        moves.append({name: float(u[0, 0]) for name, u in updates["head"].items()})
+    assert [m["prototypes"] for m in moves[:3]] == [0, 0, 0]
+    assert [m["prototypes"] for m in moves[3:]] == [m["kernel"] for m in moves[3:]] != [0, 0]
+
+
+def test_layer_decay_of_other_networks():
+    """Reductions are of the stage they lead to; tables of a text network come before its blocks."""
+    names = ("stem", "stage0_0", "reduce1", "reduce1_norm", "stage1_0", "norm")
+    found = optim.layer_factors({"encoder": {name: {"kernel": jnp.ones((2, 2))} for name in names}}, 0.5)["encoder"]
+    assert [found[name]["kernel"] for name in names] == [1 / 8, 1 / 4, 1 / 2, 1 / 2, 1 / 2, 1]
+    text = {"tokens": {"embedding": jnp.ones((4, 2))}, "stack": {"blocks": {"kernel": jnp.ones((3, 2, 2))}},
+            "norm": {"scale": jnp.ones(2)}}
+    found = optim.layer_factors(text, 0.5)
+    assert found["tokens"]["embedding"] == 1 / 16 and found["norm"]["scale"] == 1
+    np.testing.assert_allclose(found["stack"]["blocks"]["kernel"].reshape(-1), [1 / 8, 1 / 4, 1 / 2])

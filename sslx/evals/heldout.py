@@ -45,6 +45,8 @@ def full_batches(subject: Subject, limit: int) -> Iterator[HostBatch]:
         raise UserError(f"the held-out source {source.info.name} has {n} examples, fewer than one batch of"
                         f" evals.batch_size={batch_size}; lower evals.batch_size or give it more examples")
     for batch, _ in evals.batches(source, batch_size, subject.on_bad, min(limit, n // batch_size) * batch_size):
+        if "index" in subject.reads:  # a place in the training data, where these are not
+            batch["index"] = np.full_like(batch["index"], -1)
         yield pipeline.inputs(batch, subject.reads)
 
 

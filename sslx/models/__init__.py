@@ -18,12 +18,17 @@ class Backbone(nn.Module):
     modality = "image"
 
 
-def encode(model: Backbone, params: Any, stats: Any, images: jax.Array, *, train: bool) -> Any:
-    """(features [B, D], stats) of a backbone; with `train`, its batch statistics have moved on."""
+def encode(model: Backbone, params: Any, stats: Any, images: jax.Array, *, train: bool,
+           key: jax.Array | None = None) -> Any:
+    """(features [B, D], stats) of a backbone; with `train`, its batch statistics have moved on.
+
+    key: draws what blocks drop.
+    """
     variables = {"params": params, **stats}
     if not train:
         return model.apply(variables, images, train=False, method="encode"), stats
-    return model.apply(variables, images, train=True, method="encode", mutable=list(stats))
+    return model.apply(variables, images, train=True, method="encode", mutable=list(stats),
+                       rngs={} if key is None else {"drop": key})
 
 
 def check_heads(width: int, heads: int, kv_heads: int | None = None, *, rotary: bool = False,

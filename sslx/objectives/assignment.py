@@ -16,7 +16,8 @@ def sinkhorn(scores, temperature, iterations: int = 3, counted=True):
     rows = tuple(range(scores.ndim - 1))
 
     def normed(log_q, _):
-        log_q = log_q - jax.nn.logsumexp(jnp.where(counted, log_q, -jnp.inf), rows)
+        column_K = jax.nn.logsumexp(jnp.where(counted, log_q, -jnp.inf), rows)
+        log_q = log_q - jnp.where(jnp.isfinite(column_K), column_K, 0)  # there may be no row that counts
         return log_q - jax.nn.logsumexp(log_q, -1, keepdims=True), None
 
     return jnp.exp(jax.lax.scan(normed, jax.lax.stop_gradient(scores) / temperature, None, length=iterations)[0])

@@ -19,6 +19,7 @@ from sslx.objectives.assignment import sinkhorn
 from sslx.objectives.crops import multi
 from sslx.objectives.joint import Tower, embedded, objective
 from sslx.objectives.memory import lookup, spread, write
+from sslx.sharding import replicate
 
 UNSEEN = -1
 
@@ -70,7 +71,9 @@ def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str,
         found = []
         for h, k in enumerate(clusters):
             x_ND = memory[h % 2]
-            drawn_K = jax.random.randint(jax.random.fold_in(key, h), (k,), 0, n_examples)
+            known_N = replicate(jnp.square(x_ND).sum(1) > 0)
+            chance_N = jnp.where(known_N, jax.random.uniform(jax.random.fold_in(key, h), known_N.shape), -1)
+            drawn_K = jax.lax.top_k(chance_N, k)[1]
             with flops.scaled(1, every):  # on average over steps
                 found.append(k_means(x_ND, lookup(x_ND, drawn_K), iterations))
         centroids, cluster = zip(*found, strict=True)
@@ -87,7 +90,7 @@ def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str,
         for centroid_KD, cluster_N in zip(centroids, cluster, strict=True):
             logits_VBK = [jnp.einsum("bd,kd->bk", z_BD, centroid_KD) / temperature for z_BD in z_VBD]
             known_B = cluster_N.at[index_B].get(out_sharding=jax.typeof(index_B).sharding.spec)
-            target_B = jnp.where(known_B == UNSEEN, sinkhorn(logits_VBK[0], 1.0).argmax(1), known_B)
+            target_B = jnp.where((known_B == UNSEEN) | (index_B < 0), sinkhorn(logits_VBK[0], 1.0).argmax(1), known_B)
             value += sum(cross_entropy(x, target_B).mean() for x in logits_VBK) / (len(z_VBD) * len(clusters))
         memory = [write(x_ND, index_B, z_BD) for x_ND, z_BD in zip(aux["memory"], z_VBD[:2], strict=True)]
         return value, {"stats": stats, "step": step + 1, "memory": memory, "centroids": centroids, "cluster": cluster}

@@ -15,7 +15,7 @@ from sslx.models.heads import Projector, Prototypes
 from sslx.objectives import Objective
 from sslx.objectives.assignment import centred, swapped_prediction
 from sslx.objectives.crops import multi
-from sslx.objectives.joint import Tower, embedded, objective, still
+from sslx.objectives.joint import Tower, embedded, objective
 from sslx.objectives.teacher import Teacher, linear, moving_average
 from sslx.views import separate
 
@@ -29,9 +29,8 @@ def self_distillation(student_VBK, teacher_GBK, centre_K, student_temperature: f
 def make(model: Backbone, info: Info, *, steps: Count, global_view: dict[str, Any], local_view: dict[str, Any],
          second: dict[str, Any] | None = None, n_local: Natural = 8, n_prototypes: Count = 65536, hidden: Count = 2048,
          bottleneck: Count = 256, student_temperature: Positive = 0.1,
-         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Natural = 0,
-         momentum: tuple[Share, Share] = (0.996, 1.0), centre_momentum: Share = 0.9,
-         freeze_prototypes: Natural = 0) -> Objective:
+         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.04), temperature_warmup: Natural = 0,
+         momentum: tuple[Share, Share] = (0.996, 1.0), centre_momentum: Share = 0.9) -> Objective:
     """DINO with two global crops and `n_local` local ones.
 
     steps:               over which the teacher's momentum moves along a cosine.
@@ -51,8 +50,7 @@ def make(model: Backbone, info: Info, *, steps: Count, global_view: dict[str, An
     def loss(params, aux, drawn):
         step = aux["teacher"]["step"]
         of_teacher, carried = teacher(aux["teacher"], params, drawn.large)
-        student = still(params, "prototypes", step < freeze_prototypes)
-        made, stats = embedded(tower, student, aux["stats"], crops, drawn)
+        made, stats = embedded(tower, params, aux["stats"], crops, drawn)
         temperature, teacher_NK = linear(step, temperature_warmup, *teacher_temperature), of_teacher["prototypes"]
         value = self_distillation(made["prototypes"], separate(teacher_NK, 2), aux["centre"], student_temperature,
                                   temperature)

@@ -14,11 +14,11 @@ from sslx.objectives.token_tower import Head, TokenTower, check_tokens
 def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dict[str, Any], local_view: dict[str, Any],
          second: dict[str, Any] | None = None, n_local: Natural = 8, mask_ratio: tuple[Share, Share] = (0.1, 0.5),
          mask_probability: Share = 0.5, n_prototypes: Count = 131072, hidden: Count = 2048, bottleneck: Count = 384,
+         patch_bottleneck: Count = 256,
          patch_weight: Nonnegative = 1.0, koleo_weight: Nonnegative = 0.1, gram_weight: Nonnegative = 0.0,
-         gram_every: Count = 10_000, student_temperature: Positive = 0.1,
-         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Natural = 0,
-         iterations: Count = 3, momentum: tuple[Share, Share] = (0.992, 1.0),
-         freeze_prototypes: Natural = 0) -> Objective:
+         gram_from: Natural = 0, gram_every: Count = 10_000, student_temperature: Positive = 0.1,
+         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Natural,
+         iterations: Count = 3, momentum: tuple[Share, Share] = (0.992, 1.0)) -> Objective:
     """DINOv2, of a vision transformer with a class token; registers, LayerScale and `drop` are the model's.
 
     steps:               over which the teacher's momentum moves along a cosine.
@@ -26,17 +26,18 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
                          view.
     mask_ratio, mask_probability: of `views.image.block_masks`, of the large crops.
     patch_weight, koleo_weight: of the prediction of hidden patches, and of `koleo` of the class tokens.
-    gram_weight:         of `gram_anchoring` of patches to those of the teacher at the last multiple of `gram_every`
-                         steps; 2 in DINOv3, where a run that is trained already goes on with it.
+    bottleneck, patch_bottleneck: dimensions in which class tokens and patches meet their prototypes.
+    gram_weight:         of `gram_anchoring` of patches from step `gram_from` on, to those of the teacher as it was
+                         then, and every `gram_every` steps after; 2 in DINOv3, from a million steps on.
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
     iterations:          of Sinkhorn's algorithm.
-    freeze_prototypes:   steps in which the last layers stay as they were drawn.
     """
     check_tokens(model, global_view)
-    head = Head(hidden, bottleneck, n_prototypes, model.dtype)
+    heads = {name: Head(hidden, neck, n_prototypes, model.dtype)
+             for name, neck in (("head", bottleneck), ("patch_head", patch_bottleneck))}
     return masked_distillation(
-        TokenTower(model, {"head": head, "patch_head": head}), info, multi(global_view, second, local_view, n_local),
-        by_sinkhorn(iterations), steps=steps, momentum=momentum, mask_ratio=mask_ratio,
-        mask_probability=mask_probability, patch_weight=patch_weight, student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature, temperature_warmup=temperature_warmup,
-        freeze_prototypes=freeze_prototypes, koleo_weight=koleo_weight, gram_weight=gram_weight, gram_every=gram_every)
+        TokenTower(model, heads), info, multi(global_view, second, local_view, n_local), by_sinkhorn(iterations),
+        steps=steps, momentum=momentum, mask_ratio=mask_ratio, mask_probability=mask_probability,
+        patch_weight=patch_weight, student_temperature=student_temperature, teacher_temperature=teacher_temperature,
+        temperature_warmup=temperature_warmup, koleo_weight=koleo_weight, gram_weight=gram_weight,
+        gram_from=gram_from, gram_every=gram_every)

@@ -15,9 +15,8 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
          second: dict[str, Any] | None = None, n_local: Natural = 10, mask_ratio: tuple[Share, Share] = (0.1, 0.5),
          mask_probability: Share = 0.5, n_prototypes: Count = 8192, shared_head: bool = True, hidden: Count = 2048,
          bottleneck: Count = 256, patch_weight: Nonnegative = 1.0, student_temperature: Positive = 0.1,
-         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Natural = 0,
-         momentum: tuple[Share, Share] = (0.996, 1.0), centre_momentum: Share = 0.9,
-         freeze_prototypes: Natural = 0) -> Objective:
+         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Natural,
+         momentum: tuple[Share, Share] = (0.996, 1.0), centre_momentum: Share = 0.9) -> Objective:
     """iBOT, of a vision transformer with a class token.
 
     steps:               over which the teacher's momentum moves along a cosine.
@@ -27,7 +26,6 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
     shared_head:         the same MLP and prototypes for class token and patches.
     patch_weight:        of the prediction of hidden patches.
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
-    freeze_prototypes:   steps in which the last layer stays as it was drawn.
     """
     check_tokens(model, global_view)
     head = Head(hidden, bottleneck, n_prototypes, model.dtype)
@@ -36,4 +34,4 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
         tower, info, multi(global_view, second, local_view, n_local), by_mean(centre_momentum), steps=steps,
         momentum=momentum, mask_ratio=mask_ratio, mask_probability=mask_probability, patch_weight=patch_weight,
         student_temperature=student_temperature, teacher_temperature=teacher_temperature,
-        temperature_warmup=temperature_warmup, freeze_prototypes=freeze_prototypes)
+        temperature_warmup=temperature_warmup)

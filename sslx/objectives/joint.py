@@ -98,12 +98,6 @@ def mean_cosine(a_BD, b_BD):
     return (unit(a_BD) * unit(b_BD)).sum(-1).mean()
 
 
-def still(params, name: str, held):
-    """The parameters, those of the part `name` without a gradient where `held`."""
-    part = jax.tree.map(lambda x: jnp.where(held, jax.lax.stop_gradient(x), x), params[name])
-    return params | {name: part}
-
-
 def objective(tower: Embeds, info: Info, crops: Crops, loss: Callable,
               begin: Callable = lambda params, stats, drawn: {"stats": stats},
               judged: Callable = lambda params, aux: (params["encoder"], aux["stats"]["encoder"]),
@@ -119,12 +113,14 @@ def objective(tower: Embeds, info: Info, crops: Crops, loss: Callable,
     patches = grid_patches(tower.backbone, info)
 
     def init(key, batch):
-        first = crops.large[0](key, batch["image"])
-        params, stats = tower.init(key, first)
-        return params, begin(params, stats, Drawn(first, None, batch, jax.random.fold_in(key, 1)))
+        key_view, key_tower, key_aux = jax.random.split(key, 3)
+        first = crops.large[0](key_view, batch["image"])
+        params, stats = tower.init(key_tower, first)
+        return params, begin(params, stats, Drawn(first, None, batch, key_aux))
 
     def measured(params, aux, batch, key):
-        value, aux = loss(params, aux, Drawn(*crops(key, batch["image"]), batch, jax.random.fold_in(key, 1)))
+        key_crops, key_loss = jax.random.split(key)
+        value, aux = loss(params, aux, Drawn(*crops(key_crops, batch["image"]), batch, key_loss))
         return value, (aux, {"loss": value, "tokens": jnp.int32(len(batch["image"]) * patches)})
 
     def encode(params, aux, batch):

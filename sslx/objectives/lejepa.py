@@ -3,14 +3,14 @@
 V views, B batch, D features, M directions, T knots.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sslx import config
-from sslx.config import Count, Natural, Positive, Share
+from sslx.config import LARGEST_INT, Count, Natural, Only, Positive, Share
 from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Projector, unit
@@ -18,6 +18,8 @@ from sslx.objectives import Objective
 from sslx.objectives.crops import Crops
 from sslx.objectives.joint import Tower, embedded, objective
 from sslx.views.image import augmentation
+
+Knots = Annotated[int, Only(lambda n: 2 <= n <= LARGEST_INT, "an integer of at least 2")]
 
 
 def sigreg(x_BD, directions_DM, knots: int = 17, furthest: float = 3.0):
@@ -37,7 +39,7 @@ def sigreg(x_BD, directions_DM, knots: int = 17, furthest: float = 3.0):
 
 
 def make(model: Backbone, info: Info, *, global_view: dict[str, Any], local_view: dict[str, Any], n_global: Count = 2,
-         n_local: Natural = 6, weight: Share = 0.05, directions: Count = 1024, knots: Count = 17,
+         n_local: Natural = 6, weight: Share = 0.05, directions: Count = 1024, knots: Knots = 17,
          furthest: Positive = 3.0, hidden: Count = 2048, features: Count = 128) -> Objective:
     """LeJEPA: (1 - w) mean (z_v - mean of the global views' z)^2 + w SIGReg, the mean over views.
 

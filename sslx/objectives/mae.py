@@ -96,18 +96,20 @@ def make(model: VisionTransformer, info: Info, *, view: dict[str, Any], mask_rat
         encoded_BND = model.apply(params, images)[:, n_cls:]
         return {"encoder": params["params"], "decoder": decoder.init(key_decoder, encoded_BND, restore)["params"]}, {}
 
-    def reconstruct(params, images, key):
+    def reconstruct(params, images, key, train=False):
         """(prediction, target, mask) of the patches of images."""
         keep_BM, restore_BN, mask_BN = random_keep(key, len(images), n, n_keep)
         with jax.named_scope("encoder"):
-            encoded_BMD = model.apply({"params": params["encoder"]}, images, keep_BM)[:, n_cls:]
+            rngs = {"drop": jax.random.fold_in(key, 1)} if train else {}
+            encoded_BMD = model.apply({"params": params["encoder"]}, images, keep_BM, rngs=rngs)[:, n_cls:]
         with jax.named_scope("decoder"):
             predicted_BNP = decoder.apply({"params": params["decoder"]}, encoded_BMD, restore_BN)
         return predicted_BNP, patchify(images, model.patch), mask_BN
 
     def loss(params, aux, batch, key):
         key_view, key_mask = jax.random.split(key)
-        predicted_BNP, target_BNP, mask_BN = reconstruct(params, augment(key_view, batch["image"]), key_mask)
+        predicted_BNP, target_BNP, mask_BN = reconstruct(params, augment(key_view, batch["image"]), key_mask,
+                                                         train=True)
         if normalize_target:
             mean, std = per_patch(target_BNP)
             target_BNP = (target_BNP - mean) / std
@@ -120,7 +122,8 @@ def make(model: VisionTransformer, info: Info, *, view: dict[str, Any], mask_rat
 
     def show(params, aux, batch, key):
         key_view, key_mask = jax.random.split(key)
-        predicted_BNP, target_BNP, mask_BN = reconstruct(params, augment(key_view, batch["image"]), key_mask)
+        predicted_BNP, target_BNP, mask_BN = reconstruct(params, augment(key_view, batch["image"]), key_mask,
+                                                         train=True)
         if normalize_target:
             mean, std = per_patch(target_BNP)
             predicted_BNP = predicted_BNP * std + mean

@@ -15,7 +15,7 @@ from sslx.models.heads import unit
 from sslx.objectives import Objective
 from sslx.objectives.assignment import centred, sinkhorn, swapped_prediction
 from sslx.objectives.crops import Crops
-from sslx.objectives.joint import objective, still
+from sslx.objectives.joint import objective
 from sslx.objectives.teacher import Teacher, linear, moving_average
 from sslx.objectives.token_tower import TokenTower
 from sslx.sharding import replicate, spec
@@ -38,9 +38,10 @@ def by_mean(momentum: float) -> Centring:
 
     def assign(logits, centre_K, temperature, counted):
         axes = tuple(range(logits.ndim - 1))
-        n = jnp.maximum(jnp.broadcast_to(counted, logits.shape[:-1]).sum(), 1)
-        mean_K = (logits * counted[..., None]).sum(axes) / n
-        return centred(logits, centre_K, temperature), moving_average(centre_K, mean_K, momentum)
+        n = counted.sum()
+        mean_K = (logits * counted[..., None]).sum(axes) / jnp.maximum(n, 1)
+        moved_K = moving_average(centre_K, mean_K, jnp.where(n > 0, momentum, 1.0))
+        return centred(logits, centre_K, temperature), moved_K
 
     return Centring(jnp.zeros, assign)
 
@@ -83,12 +84,13 @@ def gram_anchoring(x_NTD, anchor_NTD):
 def masked_distillation(
     tower: TokenTower, info: Info, crops: Crops, centring: Centring, *, steps: Count, momentum: tuple[Share, Share],
     mask_ratio: tuple[Share, Share], mask_probability: Share, patch_weight: Nonnegative, student_temperature: Positive,
-    teacher_temperature: tuple[Positive, Positive], temperature_warmup: Natural, freeze_prototypes: Natural,
-    koleo_weight: Nonnegative = 0.0, gram_weight: Nonnegative = 0.0, gram_every: Count = 1) -> Objective:
+    teacher_temperature: tuple[Positive, Positive], temperature_warmup: Natural,
+    koleo_weight: Nonnegative = 0.0, gram_weight: Nonnegative = 0.0,
+    gram_from: Natural = 0, gram_every: Count = 1) -> Objective:
     """The objective of iBOT and DINOv2, which say what the options are.
 
     `swapped_prediction` of class tokens over all crops + w_p `masked_prediction` of patches of the large ones
-    + w_k `koleo` of each large crop's class tokens + w_g `gram_anchoring` of their patches.
+    + w_k the sum of `koleo` of each large crop's class tokens + w_g `gram_anchoring` of their patches.
     """
     teacher, n_large = Teacher(tower, steps, momentum), len(crops.large)
     grid = tuple(tower.backbone.grid)
@@ -106,8 +108,6 @@ def masked_distillation(
         followed = teacher.follow(aux["teacher"], params)
         with jax.named_scope("teacher"):
             of_teacher = jax.lax.stop_gradient(tower(followed, drawn.large, None, ids_NM))
-        for name in tower.heads:
-            params = params | {name: still(params[name], "prototypes", step < freeze_prototypes)}
         with jax.named_scope("student"):
             made = tower(params, drawn.large, hidden, ids_NM, keys[1])
             logits_VBK = separate(made.cls_logits, n_large)
@@ -123,13 +123,13 @@ def masked_distillation(
         carried = {"teacher": aux["teacher"] | {"params": followed, "step": step + 1}, "centre": centre,
                    "patch_centre": patch_centre}
         if koleo_weight:
-            value += koleo_weight * sum(koleo(x) for x in separate(made.cls, n_large)) / n_large
+            value += koleo_weight * sum(koleo(x) for x in separate(made.cls, n_large))
         if gram_weight:
-            anchor = jax.tree.map(lambda old, new: jnp.where(step % gram_every == 0, new, old), aux["anchor"],
-                                  followed["encoder"])
+            due = (step >= gram_from) & ((step - gram_from) % gram_every == 0)
+            anchor = jax.tree.map(lambda old, new: jnp.where(due, new, old), aux["anchor"], followed["encoder"])
             with jax.named_scope("anchor"):
                 anchored = tower.backbone.apply({"params": anchor}, drawn.large)[:, 1:]
-            value += gram_weight * gram_anchoring(made.patches, anchored)
+            value += jnp.where(step < gram_from, 0, gram_weight) * gram_anchoring(made.patches, anchored)
             carried["anchor"] = anchor
         return value, carried
 

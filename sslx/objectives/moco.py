@@ -33,6 +33,8 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
          hidden: Count = 2048, features: Count = 128, depth: Count = 2) -> Objective:
     """MoCo v2 (Chen et al. 2020); v1 is `depth` 1, without blur, at temperature 0.07.
 
+    Batch statistics are those of the global batch; keys are not shuffled between devices.
+
     view:      arguments of `views.image.augmentation`. second: what is otherwise in the second view, that of the keys.
     queue:     keys of earlier batches, a multiple of data.batch_size.
     momentum:  of the moving average.

@@ -28,7 +28,7 @@ def make(model: Backbone, info: Info) -> Objective:
     def loss(params, aux, batch, key):
         images = to_float(batch["image"])
         turned = interleave([jnp.rot90(images, turns, axes=(1, 2)) for turns in range(4)])
-        h_ND, aux = encode_images(model, params["encoder"], aux, turned, train=True)
+        h_ND, aux = encode_images(model, params["encoder"], aux, turned, train=True, key=key)
         logits = head.apply({"params": params["head"]}, h_ND)
         value = cross_entropy(logits, jnp.tile(jnp.arange(4), len(images))).mean()
         return value, (aux, {"loss": value, "tokens": jnp.int32(len(images) * grid_patches(model, info))})

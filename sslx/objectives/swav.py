@@ -16,14 +16,13 @@ from sslx.objectives import Objective
 from sslx.objectives.assignment import sinkhorn, swapped_prediction
 from sslx.objectives.contrast import Queue
 from sslx.objectives.crops import multi
-from sslx.objectives.joint import Tower, embedded, objective, still
+from sslx.objectives.joint import Tower, embedded, objective
 
 
 def make(model: Backbone, info: Info, *, global_view: dict[str, Any], local_view: dict[str, Any],
          second: dict[str, Any] | None = None, n_local: Natural = 6, n_prototypes: Count = 3000, hidden: Count = 2048,
          features: Count = 128, temperature: Positive = 0.1, assignment_temperature: Positive = 0.05,
-         iterations: Count = 3, queue: Natural = 0, queue_from: Natural = 0,
-         freeze_prototypes: Natural = 0) -> Objective:
+         iterations: Count = 3, queue: Natural = 0, queue_from: Natural = 0) -> Objective:
     """SwAV with two global crops, which are assigned, and `n_local` local ones.
 
     global_view, local_view: arguments of `views.image.augmentation`. second: what is otherwise in the second global
@@ -31,7 +30,6 @@ def make(model: Backbone, info: Info, *, global_view: dict[str, Any], local_view
     assignment_temperature, iterations: of Sinkhorn's algorithm, over the global batch.
     queue:             features of earlier batches that are assigned along, a multiple of data.batch_size; from step
                        `queue_from` on.
-    freeze_prototypes: steps in which they stay as they were drawn.
     """
     crops = multi(global_view, second, local_view, n_local)
     prototypes = Prototypes(n_prototypes, model.dtype)
@@ -47,11 +45,12 @@ def make(model: Backbone, info: Info, *, global_view: dict[str, Any], local_view
         """Assignments of a crop's scores, along with those of its queue."""
         old_SBK = prototypes.apply({"params": params["prototypes"]}, memory.slots(queue, len(scores_BK)))
         scores_SBK = jnp.concatenate([scores_BK[None], old_SBK])
-        counted = (jnp.arange(len(scores_SBK)) == 0) | (step >= queue_from)
+        age_S = jnp.arange(len(scores_SBK))  # the first is of now; slots fill in turn, and are random before
+        counted = (age_S == 0) | ((step >= queue_from) & (age_S <= step))
         return sinkhorn(scores_SBK, assignment_temperature, iterations, counted[:, None, None])[0]
 
     def loss(params, aux, drawn):
-        params, step, queues = still(params, "prototypes", aux["step"] < freeze_prototypes), aux["step"], aux["queues"]
+        step, queues = aux["step"], aux["queues"]
         made, stats = embedded(tower, params, aux["stats"], crops, drawn)
         scores_VBK, z_VBD = made["prototypes"], made["projector"]
         with jax.named_scope("loss"):

@@ -18,7 +18,7 @@ from sslx.objectives.image import grid_patches
 from sslx.scaling import steplaw
 
 # What a config counts in steps: every run has the same share of its own.
-SHARES = ("optim.warmup", "optim.decay", "objective.temperature_warmup", "objective.freeze_prototypes")
+SHARES = ("optim.warmup", "optim.decay", "objective.temperature_warmup", "optim.freeze_prototypes")
 DECAY = 0.2  # share of a branch, if the config has none (Hägele et al. 2024)
 FEWEST_STEPS = 10
 SAVES = 10   # of a run

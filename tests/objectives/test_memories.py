@@ -10,10 +10,13 @@ from test_losses import unit
 from sslx import state
 from sslx.config import UserError
 from sslx.experiment import build
+from sslx.models import resnet
 from sslx.objectives import memory
 from sslx.objectives.assignment import sinkhorn
 from sslx.objectives.contrast import Queue
+from sslx.objectives.crops import Crops
 from sslx.objectives.deepcluster import UNSEEN, k_means
+from sslx.objectives.joint import Tower, objective
 from sslx.sharding import batch_sharding, make_mesh
 
 MESHES = {"1": None, "8": dict(data=8), "2x2x2": dict(data=2, fsdp=2, tensor=2)}
@@ -55,7 +58,7 @@ def test_a_queue_of_another_size_than_batches_fill_is_refused(on_mesh):
     with pytest.raises(UserError, match="config.objective.queue=40 is no multiple of the 16 images of a batch"):
         Queue(40, 4).begin(jax.random.key(0), 16)
     carried = Queue(48, 4).begin(jax.random.key(0), 16)
-    with pytest.raises(UserError, match="batches that divide 16, not 24"):
+    with pytest.raises(UserError, match="batches that divide 16 or are a multiple of it, not 24"):
         Queue(48, 4).push(carried, jnp.zeros((24, 4)))
 
 
@@ -90,6 +93,7 @@ def test_sinkhorn_is_over_the_global_batch(on_mesh):
     part = jax.jit(lambda s: sinkhorn(s, 0.05, 3, counted))(on_mesh(scores))
     np.testing.assert_allclose(np.asarray(part)[:8], sinkhorn(scores[:8], 0.05), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(part.sum(1), 1, rtol=1e-5)
+    assert np.isfinite(sinkhorn(scores, 0.05, 3, np.zeros((16, 1), bool))).all()
 
 
 def test_a_memory_is_written_where_an_example_is(on_mesh):
@@ -139,12 +143,35 @@ def test_an_objective_that_learns_from_labels_takes_no_data_without():
         build(conf, jax.devices()[:1], without)
 
 
-def test_heldout_loss_of_labels_is_of_their_own():
-    conf = CONFIGS["sup_con_fashion_mnist"].copy_and_resolve_references()
+@pytest.mark.parametrize("name", ["sup_con", "deepcluster", "moco"])
+def test_heldout_loss_is_of_other_examples(name):
+    conf = CONFIGS[f"{name}_fashion_mnist"].copy_and_resolve_references()
     conf.mesh, conf.evals = dict(data=1), dict(batch_size=16, heldout=dict(batches=2, source=dict(name="digits",
                                                                                                   split="test")))
     built = build(conf, jax.devices()[:1])
     with jax.set_mesh(built.mesh):
         start = state.create(built.objective, built.optimizer, 0, next(built.batches(0, 1))[0])
         found = built.evaluation.evaluate(start.params, start.aux)
-    assert np.isfinite(found["heldout/loss"]) and found["heldout/loss"] > 1
+    assert np.isfinite(found["heldout/loss"]) and found["heldout/loss"] > 0.1
+
+
+def test_random_numbers_of_a_loss_are_not_those_of_its_crops():
+    seen = []
+
+    def view(key, images):
+        seen.append(key)
+        return images
+
+    def loss(params, aux, drawn):
+        seen.append(drawn.key)
+        return jnp.float32(0), aux
+
+    built = experiment("simclr_fashion_mnist")
+    tower = Tower(resnet.make(stages=(1,), width=8, dtype="float32"), {})
+    with jax.set_mesh(built.mesh):
+        batch, _ = next(built.batches(0, 1))
+        for crops in (Crops([view, view]), Crops([view, view], view, 2)):
+            seen.clear()
+            objective(tower, built.source.info, crops, loss).loss({}, {}, batch, jax.random.key(3))
+            keys = {tuple(jax.random.key_data(key).tolist()) for key in seen}
+            assert len(keys) == len(seen) == 3 + (crops.small is not None)
