@@ -21,7 +21,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                         hidden=2 * width if debug else 4096, mlp="swiglu", pool="cls", remat="full", dtype="bfloat16")
     config.objective = dict(name="dino", steps=steps, global_view=dict(size=size, scale=(0.32, 1.0)),
                             local_view=dict(size=8 if debug else 98, scale=(0.05, 0.32)), n_local=2 if debug else 8,
-                            n_prototypes=64 if debug else 65_536, temperature_warmup=steps // 8)
+                            n_prototypes=64 if debug else 65_536, teacher_temperature=(0.04, 0.07),
+                            temperature_warmup=steps // 8)
     config.data = dict(batch_size=16 if debug else 1024, train=images, synthetic=rows)
     config.optim = dict(steps=steps, learning_rate=5e-4, schedule="cosine", warmup=steps // 10, weight_decay=0.04,
                         clip=3.0, moments="bfloat16")

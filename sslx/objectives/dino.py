@@ -37,7 +37,6 @@ def make(model: Backbone, info: Info, *, steps: Count, global_view: dict[str, An
     global_view, local_view: arguments of `views.image.augmentation`. second: what is otherwise in the second global
                          view; the paper blurs the first always, the second seldom, and solarizes it.
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
-    freeze_prototypes:   steps in which the last layer stays as it was drawn.
     """
     crops = multi(global_view, second, local_view, n_local)
     mlp = Projector(hidden, bottleneck, 3, model.dtype, batch_norm=False, activation=nn.gelu)

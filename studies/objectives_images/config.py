@@ -31,10 +31,12 @@ def get_config(objective: str = "mae") -> ml_collections.ConfigDict:
                         norm="rms", bias=False, scan=False, dtype="float32")
     config.objective = dict(name=objective, **OBJECTIVES[objective])
     if objective == "dino":
-        config.objective.update(steps=steps, temperature_warmup=steps // 4, freeze_prototypes=steps // 20)
+        config.objective.update(steps=steps, temperature_warmup=steps // 4)
     config.data = dict(batch_size=64, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=LEARNING_RATE[objective], schedule="cosine", warmup=steps // 10,
                         weight_decay=0.04, b2=0.95, clip=3.0)
+    if objective == "dino":
+        config.optim.freeze_prototypes = steps // 20
     config.run = dict(steps=steps, seed=0)
     config.evals = dict(batch_size=500, knn=dict(k=5), probe=dict(), collapse=dict(),
                         labelled=dict(train=images | dict(split="train", limit=10_000),
