@@ -180,9 +180,11 @@ def narrowed(section: Mapping[str, Any]) -> dict[str, Any]:
 def abstract_batch(info: Info, rows: int, reads: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a batch: tokens or images, and what an objective `reads` beside them."""
     beside = {name: jax.ShapeDtypeStruct((rows,), jnp.int32) for name in reads}
+    tokens, image = jax.ShapeDtypeStruct((rows, info.length), jnp.int32), (rows, *info.shape)
     if info.modality == "text":
-        return beside | {"tokens": jax.ShapeDtypeStruct((rows, info.length), jnp.int32)}
-    return beside | {"image": jax.ShapeDtypeStruct((rows, *info.shape), jnp.uint8)}
+        return beside | {"tokens": tokens}
+    beside |= {"tokens": tokens, "segment_ids": tokens} if info.modality == "image_text" else {}
+    return beside | {"image": jax.ShapeDtypeStruct(image, jnp.uint8)}
 
 
 def check_alike(trained: Info, judged: Info, split: str, mesh: jax.sharding.Mesh) -> None:

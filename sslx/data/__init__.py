@@ -32,7 +32,7 @@ class Info(NamedTuple):
     """What the networks and objectives must know of a source.
 
     name:            for logs.
-    modality:        "text" or "image".
+    modality:        "text", "image" or "image_text".
     vocab_size:      token ids are in [0, vocab_size), special tokens included.
     special:         ids of special tokens by name: "eod", "mask", "pad", "sentinel" (the first of
                      `n_sentinels` consecutive ids).
@@ -42,7 +42,9 @@ class Info(NamedTuple):
     shape:           (H, W, C) of `image`.
     num_classes:     if examples carry `label`.
     fingerprint:     changes when the content does: a checkpoint refuses to resume on other data.
+    classes:         their names, if they have some.
     decode:          token ids -> text.
+    encode:          texts -> (tokens, segment_ids) int [N, T], as examples of "image_text" have them.
     """
 
     name: str
@@ -56,7 +58,9 @@ class Info(NamedTuple):
     length: int = 0
     shape: tuple[int, int, int] = (0, 0, 0)
     num_classes: int | None = None
+    classes: Sequence[str] = ()
     decode: Any = None
+    encode: Any = None
 
 
 class Source(NamedTuple):

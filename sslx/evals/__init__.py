@@ -9,6 +9,7 @@ section of that name in `config.evals`. Beside these sections, config.evals hold
 An evaluation whose section has a `source` gets the built source as the split of its own name.
 """
 
+import collections
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,15 +34,16 @@ class Subject:
 
     `encode` maps a host batch to features float32 [B, D] on the host; `loss` maps a host batch and its
     number, which fixes its key, to metrics, or is None where there is no objective (raw inputs), which `reads` some
-    fields beside the inputs.
+    fields beside the inputs. `embed` maps a host batch to the unit vectors of both sides of its pairs; None if there
+    are no pairs.
     """
 
     def __init__(self, encode: Callable[[HostBatch], np.ndarray],
                  loss: Callable[[HostBatch, int], dict[str, jax.Array]] | None,
                  splits: Mapping[str, Source], batch_size: int, on_bad: pipeline.OnBad = "skip",
-                 reads: Sequence[str] = ()):
+                 reads: Sequence[str] = (), embed: Callable[[HostBatch], dict[str, np.ndarray]] | None = None):
         self.encode, self.loss, self.splits, self.batch_size, self.on_bad = encode, loss, splits, batch_size, on_bad
-        self.reads = reads
+        self.reads, self.embed = reads, embed
         self.computed: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def features(self, split: str, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -59,6 +61,27 @@ class Subject:
             self.computed[split, n] = np.concatenate(features), np.concatenate(labels).astype(np.int64)
         return self.computed[split, n]
 
+    def embeddings(self, split: str, rows: int | None = None) -> dict[str, np.ndarray]:
+        """{"image", "text": float32 [N, D], "label": int [N]} of the readable ones of a split's first pairs."""
+        assert self.embed is not None
+        source, found = self.split(split), collections.defaultdict(list)
+        n = min(rows or len(source.examples), len(source.examples))
+        for batch, counts in batches(source, self.batch_size, self.on_bad, n):
+            for name, x in (self.embed(pipeline.inputs(batch, self.reads)) | {"label": batch.get("label")}).items():
+                if x is not None:
+                    found[name].append(x[counts])
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def texts(self, tokens_NT: np.ndarray, segments_NT: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Embeddings [N, D] of texts, beside black pictures of this shape."""
+        assert self.embed is not None
+        black, found = np.zeros((self.batch_size, *shape), np.uint8), []
+        for first in range(0, len(tokens_NT), self.batch_size):
+            rows = np.minimum(np.arange(first, first + self.batch_size), len(tokens_NT) - 1)
+            batch = {"image": black, "tokens": tokens_NT[rows], "segment_ids": segments_NT[rows]}
+            found.append(self.embed(batch)["text"])
+        return np.concatenate(found)[: len(tokens_NT)]
+
     def split(self, name: str) -> Source:
         """The source of a split. Raises UserError if the config has none."""
         if name not in self.splits:
@@ -71,10 +94,12 @@ class Subject:
 class Evaluation(NamedTuple):
     """measure: Subject -> {metric: number}.
     splits:  those it reads, with the least number of examples; None for a batch.
+    pairs:   whether it embeds pairs of images and captions.
     """
 
     measure: Callable[[Subject], dict[str, float]]
     splits: Mapping[str, int | None]
+    pairs: bool = False
 
     def __call__(self, subject: Subject) -> dict[str, float]:
         return self.measure(subject)
@@ -124,6 +149,9 @@ def make(section: Mapping[str, Any], objective: Objective, mesh: jax.sharding.Me
     for key, evaluation in evaluations.items():
         if key in splits and key not in evaluation.splits:
             raise UserError(f"unknown key evals.{key}.source: this evaluation reads {' and '.join(evaluation.splits)}")
+        if evaluation.pairs and objective.embed is None:
+            raise UserError(f"evals.{key} is of pairs of images and captions, which config.objective does not bring"
+                            " together: remove it")
         for split, least in evaluation.splits.items():
             n, wanted = len(subject.split(split).examples), batch_size if least is None else least
             if n < wanted:
@@ -137,6 +165,9 @@ def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source]
              mesh: jax.sharding.Mesh, *, batch_size: int, on_bad: pipeline.OnBad = "skip") -> Evaluate:
     """Evaluations of sources that are open: what `make` does after reading the config."""
     encode = jax.jit(lambda params, aux, batch: jax.sharding.reshard(objective.encode(params, aux, batch), P()))
+
+    of_pairs = objective.embed
+    embed = of_pairs and jax.jit(lambda params, aux, batch: jax.sharding.reshard(of_pairs(params, aux, batch), P()))
 
     @jax.jit
     def loss(params, aux, batch, number):
@@ -155,7 +186,11 @@ def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source]
             with jax.set_mesh(mesh):
                 return distributed.settle(loss(params, aux, on_mesh(batch), number))
 
-        return run(Subject(encoded, metrics, splits, batch_size, on_bad, objective.reads))
+        def embedded(batch):
+            with jax.set_mesh(mesh):
+                return {name: np.asarray(x, np.float32) for name, x in embed(params, aux, on_mesh(batch)).items()}
+
+        return run(Subject(encoded, metrics, splits, batch_size, on_bad, objective.reads, embed and embedded))
 
     def run(subject):
         # Every process evaluates the same features by itself, on one device, away from the mesh.

@@ -81,13 +81,13 @@ OF_OBJECTIVES: dict[str, Callable[[Any], bool]] = {
                      "predictor", "depth", "chunks", "n_global", "n_prototypes", "iterations", "queue", "groups",
                      "directions", "decoder_width", "decoder_depth", "decoder_heads", "sample_length"), count),
     **dict.fromkeys(("n_local", "temperature_warmup", "queue_from", "gram_from"), natural),
-    **dict.fromkeys(("temperature", "student_temperature", "assignment_temperature", "furthest", "mean_span"),
+    **dict.fromkeys(("temperature", "scale", "student_temperature", "assignment_temperature", "furthest", "mean_span"),
                     positive),
     **dict.fromkeys(("off_diagonal", "patch_weight", "koleo_weight", "gram_weight"), nonnegative),
     **dict.fromkeys(("rate",), part),
     **dict.fromkeys(("weight", "shrinkage", "centre_momentum", "mask_probability", "replace", "random"), share),
     **dict.fromkeys(("symmetric", "shared_head", "normalize_target", "whole_word"), is_bool),
-    "momentum": momenta, "mask_ratio": momenta, "clusters": every(count), "knots": whole(2),
+    "momentum": momenta, "mask_ratio": momenta, "clusters": every(count), "knots": whole(2), "bias": real(),
     "teacher_temperature": pair(lambda a, b: a > 0 and b > 0),
     "weights": lambda v: every(nonnegative)(v) and len(v) == 3,
 }
@@ -125,6 +125,7 @@ DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
                       "base?": is_section},
     "models/convnext": {"stages": every(count), "width": count, "stem": count, "layer_scale": positive, "dtype": dtype,
                         "remat": one_of("none", "full"), "base?": is_section},
+    "models/two_towers": {"image!": is_section, "text!": is_section, "dtype": dtype},
     "experts": {"n!": count, "top_k": count, "capacity": positive, "shared": natural, "balance": nonnegative},
     "objectives/moco": {"momentum": share},
     "objectives/mae": {"mask_ratio": part},
@@ -138,11 +139,15 @@ DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
                   "label_field": is_str, "labels": one_of("none", "package", "field")},
     "data/synthetic": {"modality!": one_of("text", "image"), "length": natural, "vocab_size": natural,
                        "size": natural, "channels": natural, "n": count},
-    "data/digits": {"split!": one_of("train", "test")},
+    "data/digits": {"split!": one_of("train", "test"), "captions": natural},
+    "data/captions": {"path!": is_str, "size!": count, "length!": count, "split": one_of("train", "heldout", "all"),
+                      "heldout": decay, "tokenizer": is_str},
     "evals": {"batch_size?": count, "labelled?": is_section},
     "evals/heldout": {"batches": count, "source": is_section},
     "evals/copying": {"batches": count},
     "evals/probe": {"l2": every(positive), "select": part, "tolerance": positive, "max_iterations": count},
+    "evals/retrieval": {"k": every(count), "rows": count, "source": is_section},
+    "evals/zero_shot": {"templates": every(lambda v: is_str(v) and "{}" in v)},
     "evals/knn": {"k": count, "chunk": count},
     "evals/collapse": {"split": one_of("train", "test", "heldout"), "rows": whole(2), "min_rankme": positive,
                        "min_feature_std": positive},
@@ -229,6 +234,9 @@ def sections(conf: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
         yield "data.synthetic", conf["data"]["synthetic"], "data/synthetic"
     if model.get("experts"):
         yield "model.experts", model["experts"], "experts"
+    for tower in ("image", "text"):
+        if tower in model:
+            yield f"model.{tower}", model[tower], f"models/{model[tower]['name']}"
     for view in ("view", "global_view", "local_view"):
         if view in objective:
             yield f"objective.{view}", objective[view], "view"
@@ -501,7 +509,7 @@ def test_the_table_has_every_field(domain):
         case _:
             made = config.load(*domain.split("/"))
     parameters = inspect.signature(made).parameters
-    of_table = {key for key in fields(domain) if domain != "evals/heldout" or key != "source"}
+    of_table = {key for key in fields(domain) if not domain.startswith("evals/") or key != "source"}
     assert of_table == set(parameters) - (SUPPLIED if domain != "data" else set())
     assert {k for k in of_table if fields(domain)[k][1]} == {
         k for k, p in parameters.items() if p.default is p.empty and k in of_table}

@@ -16,12 +16,14 @@ from sslx.models import heads
 from sslx.objectives.assignment import centred, sinkhorn, swapped_prediction
 from sslx.objectives.barlow_twins import redundancy_reduction
 from sslx.objectives.byol import prediction_error
+from sslx.objectives.clip import symmetric_info_nce
 from sslx.objectives.contrast import info_nce
 from sslx.objectives.dino import self_distillation
 from sslx.objectives.joint import mean_cosine
 from sslx.objectives.lejepa import sigreg
 from sslx.objectives.masked_distillation import gram_anchoring, koleo, masked_prediction
 from sslx.objectives.moco import queue_contrast
+from sslx.objectives.siglip import sigmoid_contrast
 from sslx.objectives.simclr import nt_xent
 from sslx.objectives.simsiam import negative_cosine
 from sslx.objectives.sup_con import supervised_contrast
@@ -212,6 +214,11 @@ def gram_by_the_paper(a, b):
     return np.square(unit(a) @ unit(a).T - unit(b) @ unit(b).T).mean()
 
 
+def siglip_by_the_paper(a, b):
+    sign = 2 * np.eye(len(a)) - 1
+    return -np.log(1 / (1 + np.exp(-sign * (7 * unit(a) @ unit(b).T - 3)))).sum() / len(a)
+
+
 def labels(B):
     return np.arange(B) % max(1, B // 3)
 
@@ -257,6 +264,9 @@ LOSSES = {
     "ibot_patches": Case(patches, patches_by_the_paper, patches_of_lightly, target=True),
     "koleo": Case(lambda a, b: (koleo(a) + koleo(b)) / 2, koleo_by_the_paper, koleo_of_lightly),
     "gram": Case(gram, gram_by_the_paper, target=True, whole=True),
+    "clip": Case(lambda a, b: symmetric_info_nce(heads.unit(a), heads.unit(b), 0.2),
+                 lambda a, b: (info_nce_by_the_paper(a, b) + info_nce_by_the_paper(b, a)) / 2),
+    "siglip": Case(lambda a, b: sigmoid_contrast(heads.unit(a), heads.unit(b), 7.0, -3.0), siglip_by_the_paper),
     "sup_con": Case(lambda a, b: supervised_contrast(heads.unit(a), heads.unit(b), labels(len(a)), len(a), 0.3),
                     sup_con_by_the_paper),
 }
@@ -321,6 +331,17 @@ def test_loss_on_8_devices_is_that_of_one(name, shape, one_device):
     with jax.set_mesh(mesh):
         sharded = jax.device_get(gradient(*jax.device_put(tuple(arrays), batch_sharding(mesh))))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), sharded, expected)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_parts_of_all_pairs_are_all_pairs(chunks, one_device):
+    a, b = (heads.unit(x) for x in views(3, 8, 5))
+    whole = jax.value_and_grad(lambda a, b: symmetric_info_nce(a, b, 0.1) + sigmoid_contrast(a, b, 5.0, -2.0), (0, 1))
+    parts = jax.value_and_grad(lambda a, b: symmetric_info_nce(a, b, 0.1, chunks)
+                               + sigmoid_contrast(a, b, 5.0, -2.0, chunks), (0, 1))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), parts(a, b), whole(a, b))
+    with pytest.raises(UserError, match="config.objective.chunks=3 does not divide"):
+        sigmoid_contrast(a, b, 5.0, -2.0, 3)
 
 
 def test_second_view_of_another_size_is_refused():

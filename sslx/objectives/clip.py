@@ -1,0 +1,36 @@
+"""CLIP: tell an image's caption among all captions of the batch, and the image by its caption (Radford et al. 2021)."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from sslx.config import Count, Positive
+from sslx.data import Info
+from sslx.models.two_towers import TwoTowers
+from sslx.objectives import Objective
+from sslx.objectives.contrast import info_nce
+from sslx.objectives.pairs import objective
+
+LARGEST = 100.0  # of 1 / t
+
+
+def symmetric_info_nce(image_BD, text_BD, temperature, chunks: int = 1):
+    """Half the sum of `info_nce` of images among texts and of texts among images, of unit vectors."""
+    return (info_nce(image_BD, text_BD, temperature, chunks) + info_nce(text_BD, image_BD, temperature, chunks)) / 2
+
+
+def make(model: TwoTowers, info: Info, *, features: Count = 512, temperature: Positive = 0.07, chunks: Count = 1,
+         view: dict[str, Any] | None = None) -> Objective:
+    """CLIP.
+
+    features:    in which images and texts meet.
+    temperature: at birth; it is learnt, and its inverse stays at most 100.
+    chunks:      in which the products of all pairs are made, and made again for the gradient: for batches of thousands.
+    view:        arguments of `views.image.augmentation`; None for images as they are.
+    """
+    def loss(scale, image_BD, text_BD):
+        inverse = jnp.minimum(jnp.exp(scale["log_scale"]), LARGEST)
+        return symmetric_info_nce(image_BD, text_BD, 1 / inverse, chunks)
+
+    return objective(model, info, features, view, {"log_scale": -math.log(temperature)}, loss)

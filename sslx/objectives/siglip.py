@@ -1,0 +1,53 @@
+"""SigLIP: for each pair of an image and a caption of the batch, tell whether they belong together (Zhai et al. 2023).
+
+B batch, D features, C parts of M captions.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sslx.config import Count, Positive, UserError
+from sslx.data import Info
+from sslx.models.two_towers import TwoTowers
+from sslx.objectives import Objective
+from sslx.objectives.pairs import objective
+from sslx.sharding import replicate, spec
+
+
+def sigmoid_contrast(image_BD, text_BD, scale, bias, chunks: int = 1):
+    """-1 / B sum_ij log sigmoid(z_ij (s x_i.y_j + b)), z_ij = 1 if i = j, else -1.
+
+    A device holds the products of its images with one of `chunks` parts of the captions at a time. Raises UserError if
+    `chunks` does not divide B.
+    """
+    B, D = text_BD.shape
+    if B % chunks:
+        raise UserError(f"config.objective.chunks={chunks} does not divide a batch of {B} pairs")
+    own_B = jax.sharding.reshard(jnp.arange(B), spec("batch"))
+
+    def summed(_, part):
+        id_M, text_MD = part
+        logits_BM = scale * jnp.einsum("bd,md->bm", image_BD, text_MD) + bias
+        return None, jax.nn.softplus((1 - 2 * (own_B[:, None] == id_M)) * logits_BM).sum(1)
+
+    parts = jnp.arange(B).reshape(chunks, -1), replicate(text_BD).reshape(chunks, -1, D)
+    sum_CB = jax.lax.scan(summed if chunks == 1 else jax.checkpoint(summed), None, parts)[1]
+    return sum_CB.sum(0).mean()
+
+
+def make(model: TwoTowers, info: Info, *, features: Count = 512, scale: Positive = 10.0, bias: float = -10.0,
+         chunks: Count = 1, view: dict[str, Any] | None = None) -> Objective:
+    """SigLIP.
+
+    features:    in which images and texts meet.
+    scale, bias: of their products, at birth; both are learnt.
+    chunks:      in which the products of all pairs are made, and made again for the gradient: for batches of thousands.
+    view:        arguments of `views.image.augmentation`; None for images as they are.
+    """
+    def loss(trained, image_BD, text_BD):
+        return sigmoid_contrast(image_BD, text_BD, jnp.exp(trained["log_scale"]), trained["bias"], chunks)
+
+    return objective(model, info, features, view, {"log_scale": math.log(scale), "bias": bias}, loss)

@@ -1,0 +1,70 @@
+"""Retrieval and zero-shot classification of embeddings that are known."""
+
+import jax
+import numpy as np
+import pytest
+from experiments import CONFIGS
+
+from sslx.config import UserError
+from sslx.data import Info, Source, captions, tokenize
+from sslx.data.arrays import Arrays
+from sslx.evals import Subject, retrieval, zero_shot
+from sslx.experiment import build
+
+ENCODER = tokenize.load("bytes")
+N, NAMES = 50, ("cat", "dog", "fish")
+
+
+def subject(noise: float):
+    """Pairs whose embeddings are a function of their index in the first pixel, and of the first byte of a text."""
+    rng = np.random.default_rng(0)
+    places = rng.normal(size=(256, 8))
+    label = np.arange(N) % 3
+    tokens, segments = captions.padded([chr(32 + i) for i in range(N)], ENCODER, 4)
+    image = np.zeros((N, 1, 1, 1), np.uint8)
+    image[:, 0, 0, 0] = 32 + np.arange(N)
+    info = Info("pairs", "image_text", "f", shape=(1, 1, 1), classes=NAMES, num_classes=3,
+                encode=lambda texts: captions.padded(texts, ENCODER, 4))
+    shift = noise * rng.normal(size=(256, 8))
+
+    def embed(batch):
+        unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)  # noqa: E731
+        return {"image": unit(places[batch["image"][:, 0, 0, 0]]),
+                "text": unit((places + shift)[batch["tokens"][:, 0]])}
+
+    source = Source(Arrays(image=image, tokens=tokens, segment_ids=segments, label=label), info)
+    return Subject(lambda batch: batch, None, {"retrieval": source, "test": source}, 16, embed=embed), embed, source
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5, 3.0])
+def test_retrieval_counts_who_is_nearer(noise):
+    judged, embed, source = subject(noise)
+    found = retrieval.make(k=(1, 5, 10))(judged)
+    rows = source.examples.fields
+    pairs = embed(rows)
+    cosines = pairs["image"] @ pairs["text"].T
+    for k in (1, 5, 10):
+        by_image = [i in np.argsort(-cosines[i])[:k] for i in range(N)]
+        by_text = [i in np.argsort(-cosines[:, i])[:k] for i in range(N)]
+        assert found[f"retrieval/text_at_{k}"] == pytest.approx(np.mean(by_image))
+        assert found[f"retrieval/image_at_{k}"] == pytest.approx(np.mean(by_text))
+        assert found[f"retrieval/chance_at_{k}"] == k / N
+    assert (found["retrieval/text_at_1"] == 1) == (noise == 0)
+
+
+def test_zero_shot_is_the_nearest_name():
+    judged, embed, source = subject(0.3)
+    found = zero_shot.make()(judged)["zero_shot/accuracy"]
+    names = {"image": np.zeros((3, 1, 1, 1), np.uint8), "tokens": captions.padded(list(NAMES), ENCODER, 4)[0]}
+    text = embed(names)["text"]
+    image = embed(source.examples.fields)["image"]
+    assert found == pytest.approx(((image @ text.T).argmax(1) == np.arange(N) % 3).mean())
+    with pytest.raises(UserError, match="no {} where"):
+        zero_shot.make(templates=("a photo",))
+
+
+def test_pairs_are_asked_of_objectives_that_have_them():
+    conf = CONFIGS["simclr_fashion_mnist"].copy_and_resolve_references()
+    conf.mesh, conf.evals = dict(data=1), dict(batch_size=16, retrieval=dict(source=dict(name="digits", split="test")))
+    with pytest.raises(UserError, match="evals.retrieval is of pairs of images and captions"):
+        build(conf, jax.devices()[:1])
