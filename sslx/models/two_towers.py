@@ -31,6 +31,8 @@ def make(*, image: dict[str, Any], text: dict[str, Any],
         where = f"config.model.{name}"
         if "dtype" in section:
             raise UserError(f"unknown key {where}.dtype: config.model.dtype is that of both towers")
+        if section.get("base") is not None:
+            raise UserError(f"{where}.base: two towers are not offered in muP; tune them at their own size")
         towers[name] = config.build("models", {**section, "dtype": dtype}, where)
         if not isinstance(towers[name], kind):
             raise UserError(f"{where}.name={section.get('name')!r} is no network of {name}s that gives features")

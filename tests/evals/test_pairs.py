@@ -1,6 +1,7 @@
 """Retrieval and zero-shot classification of embeddings that are known."""
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from experiments import CONFIGS
@@ -61,6 +62,23 @@ def test_zero_shot_is_the_nearest_name():
     assert found == pytest.approx(((image @ text.T).argmax(1) == np.arange(N) % 3).mean())
     with pytest.raises(UserError, match="no {} where"):
         zero_shot.make(templates=("a photo",))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model.text.base": dict(width=16)}, "config.model.text.base: two towers are not offered in muP"),
+    ({"model.text.dtype": "float32"}, "unknown key config.model.text.dtype"),
+    ({"model.image": dict(name="transformer", vocab_size=8, max_length=8, width=8, depth=1, heads=1)},
+     "config.model.image.name='transformer' is no network of images")])
+def test_towers_that_cannot_be(changes, words):
+    conf = CONFIGS["clip_openmoji"].copy_and_resolve_references().to_dict()
+    for path, value in changes.items():
+        *parents, last = path.split(".")
+        section = conf
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    with pytest.raises(UserError, match=words):
+        build(ml_collections.ConfigDict(conf | dict(mesh=dict(data=1))), jax.devices()[:1])
 
 
 def test_pairs_are_asked_of_objectives_that_have_them():
