@@ -118,7 +118,7 @@ def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "
         tx = optax.chain(tx, slow)
     if freeze_prototypes:
         held = optax.scale_by_schedule(lambda step: jnp.where(step < freeze_prototypes, 0.0, 1.0))
-        tx = optax.chain(tx, optax.masked(held, prototypes))
+        tx = optax.chain(tx, optax.masked(held, lambda params: named(params, ("prototypes",))))
     tx = tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)
     return Optimizer(tx, rate, phase, parameters)
 
@@ -188,11 +188,11 @@ def stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def prototypes(params):
-    """Which parameters are prototypes, by name."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "prototypes", params)
-
-
 def decayed(params):
     """Which parameters weight decay pulls on, and `parameters` is about: matrices and embeddings, by name."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+    return named(params, DECAYED)
+
+
+def named(params, names: tuple[str, ...]):
+    """Which parameters have one of these names."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)

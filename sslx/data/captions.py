@@ -7,11 +7,8 @@ from typing import Any, Literal
 import numpy as np
 
 from sslx.config import Count, UserError
-from sslx.data import BadRecord, Example, Info, Source, corpus, tokenize
+from sslx.data import Example, Info, Source, corpus, pixels, tokenize
 from sslx.data.fingerprint import fingerprint
-from sslx.data.pixels import MAX_BYTES, decode
-
-MAX_LINES_BYTES = 1 << 32
 
 
 class Captioned:
@@ -24,14 +21,8 @@ class Captioned:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Example:
-        path = self.root / self.images[index]
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise BadRecord(str(path), f"more than {MAX_BYTES} bytes")
-            content = path.read_bytes()
-        except OSError as error:
-            raise BadRecord(str(path), str(error)) from error
-        return {"image": decode(content, self.size, str(path))} | {name: x[index] for name, x in self.fields.items()}
+        image = pixels.read(self.root / self.images[index], self.size)
+        return {"image": image} | {name: x[index] for name, x in self.fields.items()}
 
 
 def make(*, path: str, size: Count, length: Count, split: Literal["train", "heldout", "all"] = "all",

@@ -5,9 +5,8 @@ from typing import Literal
 import numpy as np
 
 from sslx.config import Natural
-from sslx.data import Info, Source, tokenize
+from sslx.data import Info, Source
 from sslx.data.arrays import Arrays
-from sslx.data.captions import padded
 from sslx.data.fingerprint import fingerprint
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -29,6 +28,9 @@ def make(*, split: Literal["train", "test"], captions: Natural = 0) -> Source:
                 fingerprint=fingerprint(image_NHWC, label_N))
     if not captions:
         return Source(Arrays(image=image_NHWC, label=label_N), info)
+    from sslx.data import tokenize  # images alone need none of it
+    from sslx.data.captions import padded
+
     encoder = tokenize.load("bytes")
     texts = [SAID[i % len(SAID)].format(WORDS[label]) for i, label in enumerate(label_N)]
     tokens_NT, segments_NT = padded(texts, encoder, captions)

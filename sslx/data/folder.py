@@ -6,9 +6,8 @@ from typing import Literal
 import numpy as np
 
 from sslx.config import UserError
-from sslx.data import BadRecord, Example, Info, Source, corpus
+from sslx.data import Example, Info, Source, corpus, pixels
 from sslx.data.fingerprint import fingerprint
-from sslx.data.pixels import MAX_BYTES, decode
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -23,14 +22,7 @@ class Images:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Example:
-        path = self.paths[index]
-        try:
-            if path.stat().st_size > MAX_BYTES:
-                raise BadRecord(str(path), f"more than {MAX_BYTES} bytes")
-            content = path.read_bytes()
-        except OSError as error:
-            raise BadRecord(str(path), str(error)) from error
-        return {"image": decode(content, self.size, str(path)), "label": np.int32(self.labels[index])}
+        return {"image": pixels.read(self.paths[index], self.size), "label": np.int32(self.labels[index])}
 
 
 def make(*, path: str, size: int, split: Literal["train", "heldout", "all"] = "all", heldout: float = 0.05) -> Source:

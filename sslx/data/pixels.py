@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import pathlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,6 +29,17 @@ def opened(content: bytes, record: str) -> Iterator[Image.Image]:
             yield image
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise BadRecord(record, f"not an image that can be decoded ({error})") from error
+
+
+def read(path: pathlib.Path, size: int) -> np.ndarray:
+    """What `decode` makes of a file. Raises BadRecord, also for one that cannot be read or is too large."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadRecord(str(path), f"more than {MAX_BYTES} bytes")
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadRecord(str(path), str(error)) from error
+    return decode(content, size, str(path))
 
 
 def decode(content: bytes, size: int, record: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 B batch, V views, D features, C parts of M candidates; a queue of S slots of W rows.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
@@ -20,21 +21,35 @@ def log_sum_exp(rows_BVD, candidates_ND, temperature, chunks: int = 1, own_BV=No
     A device holds the products of its rows with one of `chunks` parts of the candidates at a time. Raises UserError if
     `chunks` does not divide the candidates.
     """
+    def log_sum(id_M, c_MD):
+        logits_BVM = jnp.einsum("bvd,md->bvm", rows_BVD, c_MD) / temperature
+        if own_BV is not None:  # finite, because a part may hold nothing but a row's own vector
+            logits_BVM = jnp.where(own_BV[..., None] == id_M, -1e30, logits_BVM)
+        return jax.nn.logsumexp(logits_BVM, -1)
+
+    return jax.nn.logsumexp(in_parts(log_sum, candidates_ND, chunks), 0)
+
+
+def in_parts(f: Callable, candidates_ND, chunks: int):
+    """f(ids [M], candidates [M, D]) of each of `chunks` parts of the candidates in turn, [C, ...], keeping no more.
+
+    Raises UserError if `chunks` does not divide them.
+    """
     N, D = candidates_ND.shape
     if chunks < 1 or N % chunks:
         raise UserError(f"config.objective.chunks={chunks} does not divide the {N} views of a batch;"
                         " choose a positive number that does")
-
-    def log_sum(_, part):
-        id_M, c_MD = part
-        logits_BVM = jnp.einsum("bvd,md->bvm", rows_BVD, c_MD) / temperature
-        if own_BV is not None:  # finite, because a part may hold nothing but a row's own vector
-            logits_BVM = jnp.where(own_BV[..., None] == id_M, -1e30, logits_BVM)
-        return None, jax.nn.logsumexp(logits_BVM, -1)
-
     parts = jnp.arange(N).reshape(chunks, -1), replicate(candidates_ND).reshape(chunks, -1, D)
-    log_sum_CBV = jax.lax.scan(log_sum if chunks == 1 else jax.checkpoint(log_sum), None, parts)[1]
-    return jax.nn.logsumexp(log_sum_CBV, 0)
+    body = f if chunks == 1 else jax.checkpoint(f)
+    return jax.lax.scan(lambda _, part: (None, body(*part)), None, parts)[1]
+
+
+def among_views(a_BD, b_BD, temperature, chunks: int = 1):
+    """(both views side by side [B, 2, D], `log_sum_exp` of each against all others of both [B, 2])"""
+    B, D = a_BD.shape
+    z_BVD = jnp.stack([a_BD, b_BD], 1)
+    own_BV = jax.sharding.reshard(jnp.arange(2 * B).reshape(B, 2), spec("batch"))
+    return z_BVD, log_sum_exp(z_BVD, z_BVD.reshape(2 * B, D), temperature, chunks, own_BV)
 
 
 def info_nce(queries_BD, keys_BD, temperature, chunks: int = 1):

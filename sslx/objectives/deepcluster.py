@@ -63,8 +63,9 @@ def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str,
     def begin(params, stats, drawn):
         start = [unit(jax.random.normal(jax.random.fold_in(drawn.key, h), (k, features)))
                  for h, k in enumerate(clusters)]
-        return {"stats": stats, "step": jnp.int32(0), "memory": [spread(n_examples, features)] * 2, "centroids": start,
-                "cluster": [jnp.full(len(spread(n_examples)), UNSEEN) for _ in clusters]}
+        unseen_ND = spread(n_examples, features)
+        return {"stats": stats, "step": jnp.int32(0), "memory": [unseen_ND] * 2, "centroids": start,
+                "cluster": [jnp.full(len(unseen_ND), UNSEEN) for _ in clusters]}
 
     def clustered(key, memory):
         """(centroids, clusters) of every head."""
@@ -77,7 +78,7 @@ def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str,
             with flops.scaled(1, every):  # on average over steps
                 found.append(k_means(x_ND, lookup(x_ND, drawn_K), iterations))
         centroids, cluster = zip(*found, strict=True)
-        return list(centroids), [jax.sharding.reshard(x_N, jax.sharding.PartitionSpec()) for x_N in cluster]
+        return list(centroids), [replicate(x_N) for x_N in cluster]
 
     def loss(params, aux, drawn):
         index_B, step = drawn.batch["index"], aux["step"]

@@ -107,7 +107,7 @@ def masked_distillation(
         hidden, ids_NM, weight_NM = block_masks(keys[0], len(drawn.large), grid, mask_ratio, mask_probability)
         followed = teacher.follow(aux["teacher"], params)
         with jax.named_scope("teacher"):
-            of_teacher = jax.lax.stop_gradient(tower(followed, drawn.large, None, ids_NM))
+            of_teacher = jax.lax.stop_gradient(tower(followed["params"], drawn.large, None, ids_NM))
         with jax.named_scope("student"):
             made = tower(params, drawn.large, hidden, ids_NM, keys[1])
             logits_VBK = separate(made.cls_logits, n_large)
@@ -120,13 +120,13 @@ def masked_distillation(
                                                 weight_NM > 0)
         value = swapped_prediction([x / student_temperature for x in logits_VBK], separate(assigned, n_large))
         value += patch_weight * masked_prediction(made.patch_logits / student_temperature, patches, weight_NM)
-        carried = {"teacher": aux["teacher"] | {"params": followed, "step": step + 1}, "centre": centre,
-                   "patch_centre": patch_centre}
+        carried = {"teacher": followed, "centre": centre, "patch_centre": patch_centre}
         if koleo_weight:
             value += koleo_weight * sum(koleo(x) for x in separate(made.cls, n_large))
         if gram_weight:
             due = (step >= gram_from) & ((step - gram_from) % gram_every == 0)
-            anchor = jax.tree.map(lambda old, new: jnp.where(due, new, old), aux["anchor"], followed["encoder"])
+            anchor = jax.tree.map(lambda old, new: jnp.where(due, new, old), aux["anchor"],
+                                  followed["params"]["encoder"])
             with jax.named_scope("anchor"):
                 anchored = tower.backbone.apply({"params": anchor}, drawn.large)[:, 1:]
             value += jnp.where(step < gram_from, 0, gram_weight) * gram_anchoring(made.patches, anchored)

@@ -15,7 +15,7 @@ PARTS = 64  # so many equal parts, whatever the mesh, that a checkpoint moves to
 
 
 def spread(n_examples: int, *features: int):
-    """Zeros [N, ...]. Raises UserError unless the devices of a batch divide PARTS, or are a multiple of them."""
+    """Zeros [N, ...]. Raises UserError unless they divide over the devices of a batch."""
     n, devices = -(-n_examples // PARTS) * PARTS, axis_size("batch")
     if n % devices:
         raise UserError(f"a memory of {n_examples} examples, filled up to {n}, does not divide over the {devices}"
@@ -38,4 +38,4 @@ def write(memory_ND, index_B, new_BD):
 
 def lookup(memory_ND, index_B):
     """The vectors of some examples, [B, D], whole on every device."""
-    return replicate(memory_ND.at[index_B].get(out_sharding=spec()))
+    return memory_ND.at[index_B].get(out_sharding=spec())

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from sslx import config
-from sslx.config import UserError
 from sslx.data import Info
 from sslx.layers import Linear
 from sslx.models import encode as encode_images
@@ -33,9 +32,8 @@ def objective(model: TwoTowers, info: Info, features: int, view: dict[str, Any] 
     check_images(model.image, info)
     check_tokens(model.text, info)
     heads = {name: Linear(features, ("embed", None), bias=False) for name in ("image_head", "text_head")}
-    seen = to_float if view is None else config.call(augmentation, view, "config.objective.view")
-    if view is not None and not isinstance(view.get("size"), int):
-        raise UserError("config.objective.view.size is missing: it takes pixels of a side")
+    look = ((lambda key, images: to_float(images)) if view is None else
+            config.call(augmentation, view, "config.objective.view"))
     patches = grid_patches(model.image, info)
 
     def read(params, batch):
@@ -46,7 +44,8 @@ def objective(model: TwoTowers, info: Info, features: int, view: dict[str, Any] 
         return unit(heads[name].apply({"params": params[name]}, x_BD.astype(jnp.float32)))
 
     def init(key, batch):
-        keys, images = jax.random.split(key, 5), look(key, batch)
+        keys = jax.random.split(key, 5)
+        images = look(keys[4], batch["image"])
         stats = dict(model.image.init(keys[0], images, train=True, method="encode"))
         params = {"encoder": stats.pop("params")}
         params["text"] = model.text.init(keys[1], batch["tokens"], "bidirectional", method="hidden",
@@ -56,13 +55,10 @@ def objective(model: TwoTowers, info: Info, features: int, view: dict[str, Any] 
             params[name] = heads[name].init(k, x_BD.astype(jnp.float32))["params"]
         return params | {"scale": {name: jnp.float32(x) for name, x in scale.items()}}, stats
 
-    def look(key, batch):
-        return to_float(batch["image"]) if view is None else seen(key, batch["image"])
-
     def measured(params, aux, batch, key):
         key_view, key_drop = jax.random.split(key)
         with jax.named_scope("image"):
-            images = look(key_view, batch)
+            images = look(key_view, batch["image"])
             image_BD, aux = encode_images(model.image, params["encoder"], aux, images, train=True, key=key_drop)
         with jax.named_scope("text"):
             text_BD = read(params, batch)
@@ -80,6 +76,6 @@ def objective(model: TwoTowers, info: Info, features: int, view: dict[str, Any] 
                 "text": projected(params, "text_head", read(params, batch))}
 
     def show(params, aux, batch, key):
-        return {"image": look(key, batch), "caption": batch["tokens"]}
+        return {"image": look(key, batch["image"]), "caption": batch["tokens"]}
 
     return Objective(init, measured, encode, show, embed=embed)

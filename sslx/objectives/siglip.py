@@ -9,12 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sslx.config import Count, Positive, UserError
+from sslx.config import Count, Positive
 from sslx.data import Info
 from sslx.models.two_towers import TwoTowers
 from sslx.objectives import Objective
+from sslx.objectives.contrast import in_parts
 from sslx.objectives.pairs import objective
-from sslx.sharding import replicate, spec
+from sslx.sharding import spec
 
 
 def sigmoid_contrast(image_BD, text_BD, scale, bias, chunks: int = 1):
@@ -23,19 +24,13 @@ def sigmoid_contrast(image_BD, text_BD, scale, bias, chunks: int = 1):
     A device holds the products of its images with one of `chunks` parts of the captions at a time. Raises UserError if
     `chunks` does not divide B.
     """
-    B, D = text_BD.shape
-    if B % chunks:
-        raise UserError(f"config.objective.chunks={chunks} does not divide a batch of {B} pairs")
-    own_B = jax.sharding.reshard(jnp.arange(B), spec("batch"))
+    own_B = jax.sharding.reshard(jnp.arange(len(text_BD)), spec("batch"))
 
-    def summed(_, part):
-        id_M, text_MD = part
+    def summed(id_M, text_MD):
         logits_BM = scale * jnp.einsum("bd,md->bm", image_BD, text_MD) + bias
-        return None, jax.nn.softplus((1 - 2 * (own_B[:, None] == id_M)) * logits_BM).sum(1)
+        return jax.nn.softplus((1 - 2 * (own_B[:, None] == id_M)) * logits_BM).sum(1)
 
-    parts = jnp.arange(B).reshape(chunks, -1), replicate(text_BD).reshape(chunks, -1, D)
-    sum_CB = jax.lax.scan(summed if chunks == 1 else jax.checkpoint(summed), None, parts)[1]
-    return sum_CB.sum(0).mean()
+    return in_parts(summed, text_BD, chunks).sum(0).mean()
 
 
 def make(model: TwoTowers, info: Info, *, features: Count = 512, scale: Positive = 10.0, bias: float = -10.0,

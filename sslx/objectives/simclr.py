@@ -7,17 +7,15 @@ from typing import Any
 
 import chex
 import jax
-import jax.numpy as jnp
 
 from sslx.config import Count, Positive
 from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Projector, unit
 from sslx.objectives import Objective
-from sslx.objectives.contrast import log_sum_exp
+from sslx.objectives.contrast import among_views
 from sslx.objectives.crops import pair
 from sslx.objectives.joint import Tower, objective
-from sslx.sharding import spec
 from sslx.views import separate
 
 
@@ -28,10 +26,7 @@ def nt_xent(a_BD, b_BD, temperature: float, chunks: int = 1):
     averaged over all 2 B vectors.
     """
     chex.assert_equal_shape([a_BD, b_BD])
-    B, D = a_BD.shape
-    z_BVD = jnp.stack([a_BD, b_BD], 1)
-    own_BV = jax.sharding.reshard(jnp.arange(2 * B).reshape(B, 2), spec("batch"))
-    log_sum_BV = log_sum_exp(z_BVD, z_BVD.reshape(2 * B, D), temperature, chunks, own_BV)
+    _, log_sum_BV = among_views(a_BD, b_BD, temperature, chunks)
     return log_sum_BV.mean() - (a_BD * b_BD).sum(1).mean() / temperature
 
 

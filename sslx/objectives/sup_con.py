@@ -13,10 +13,9 @@ from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Projector, unit
 from sslx.objectives import Objective
-from sslx.objectives.contrast import log_sum_exp
+from sslx.objectives.contrast import among_views
 from sslx.objectives.crops import pair
-from sslx.objectives.joint import Tower, objective
-from sslx.sharding import spec
+from sslx.objectives.joint import Tower, objective, products
 from sslx.views import separate
 
 
@@ -25,13 +24,9 @@ def supervised_contrast(a_BD, b_BD, label_B, n_classes: int, temperature: float,
 
     z are the unit vectors of both views, P_i all others of the same label: their sum is that of the class without z_i.
     """
-    B = len(a_BD)
-    z_BVD = jnp.stack([a_BD, b_BD], 1)
-    own_BV = jax.sharding.reshard(jnp.arange(2 * B).reshape(B, 2), spec("batch"))
-    log_sum_BV = log_sum_exp(z_BVD, z_BVD.reshape(2 * B, -1), temperature, chunks, own_BV)
+    z_BVD, log_sum_BV = among_views(a_BD, b_BD, temperature, chunks)
     of_class_BY = jax.nn.one_hot(label_B, n_classes)
-    whole = jax.sharding.PartitionSpec()
-    sum_YD = jnp.einsum("by,bvd->yd", of_class_BY, z_BVD, out_sharding=whole)
+    sum_YD = products(of_class_BY, z_BVD.sum(1))
     others_B = (of_class_BY * (2 * of_class_BY.sum(0) - 1)).sum(1)
     of_class_BD = jnp.einsum("by,yd->bd", of_class_BY, sum_YD)
     positive_BV = ((of_class_BD[:, None] - z_BVD) * z_BVD).sum(-1) / others_B[:, None]

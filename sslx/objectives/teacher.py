@@ -31,13 +31,14 @@ class Teacher(NamedTuple):
         """
         followed = self.follow(carried, params)
         with jax.named_scope("teacher"):
-            made, stats = self.tower(followed, carried["stats"], images)
-        return jax.lax.stop_gradient(made), {"params": followed, "stats": stats, "step": carried["step"] + 1}
+            made, stats = self.tower(followed["params"], carried["stats"], images)
+        return jax.lax.stop_gradient(made), followed | {"stats": stats}
 
     def follow(self, carried, params):
-        """The parameters of a step whose student's are `params`."""
+        """What is carried, a step on, whose student's parameters are `params`."""
         momentum = cosine(carried["step"], self.steps, *self.momentum)
-        return moving_average(carried["params"], self.tower.of(params), momentum)
+        followed = moving_average(carried["params"], self.tower.of(params), momentum)
+        return carried | {"params": followed, "step": carried["step"] + 1}
 
     @staticmethod
     def judged(params, aux):

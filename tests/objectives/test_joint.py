@@ -255,8 +255,8 @@ LOSSES = {
     "info_nce": Case(lambda a, b: info_nce(heads.unit(a), heads.unit(b), 0.2), info_nce_by_the_paper),
     "moco": Case(moco, moco_by_the_paper, moco_of_lightly),
     "w_mse": Case(lambda a, b: 2 - 2 * mean_cosine(whitened(a), whitened(b)), w_mse_by_the_paper,
-                  lambda losses, _: lambda a, b: losses.WMSELoss(
-                      embedding_dim=a.shape[1], w_size=len(a))(__import__("torch").cat([a, b])), least=2),
+                  lambda losses, torch: lambda a, b: losses.WMSELoss(
+                      embedding_dim=a.shape[1], w_size=len(a))(torch.cat([a, b])), least=2),
     "sigreg": Case(lambda a, b: (sigreg(a, directions(a.shape[1])) + sigreg(b, directions(a.shape[1]))) / 2,
                    sigreg_by_the_paper, lejepa_of_lightly),
     "swav": Case(swav, swav_by_the_paper, lambda losses, torch: lambda a, b: swav_of_lightly(losses, torch, a, b)),
