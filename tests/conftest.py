@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,23 @@ gc.set_threshold(100_000, 50, 100)
 def pytest_unconfigure():
     if MADE:
         shutil.rmtree(os.environ.pop("JAX_COMPILATION_CACHE_DIR"), ignore_errors=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """What tests of a module compile and prepare is shared: they run in one process.
+
+    Of `test_contract`, which is long, those of a config do.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModule(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            module, _, test = nodeid.partition("::")
+            of_config = re.search(r"\[([a-z]\w+)", test)
+            return f"{module}::{of_config[1]}" if of_config and module.endswith("test_contract.py") else module
+
+    return ByModule(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)

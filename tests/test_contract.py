@@ -20,7 +20,7 @@ from sslx.objectives import Objective
 from sslx.sharding import make_mesh, spec
 
 STEPS = 15
-ALONE, MESH = (1, 1, 1), MESHES["2x2x2"]
+ALONE, MESH = (1, 1, 1, 1, 1), (2, 2, 2, 1, 1)
 
 every_config = pytest.mark.parametrize("name", CONFIGS)
 every_mesh = pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
