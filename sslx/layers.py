@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from sslx import channels, flops, kernels, mup, zigzag
 from sslx.config import UserError
+from sslx.convolution import convolve
 from sslx.sharding import RULES, axis_size, gather, platform, residual, spec, whole
 
 Mask = Literal["causal", "bidirectional", "prefix"]
@@ -541,11 +542,7 @@ class Stack(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution without bias, [B, H, W, C] -> [B, H', W', features], padded by kernel // 2.
-
-    XLA's CPU backend leaves its fast path where the output is smaller than the kernel; there it is the matrix
-    product of image patches, tens of times faster.
-    """
+    """A convolution without bias, [B, H, W, C] -> [B, H', W', features], padded by kernel // 2."""
 
     features: int
     kernel: int
@@ -554,20 +551,9 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x_BHWC):
-        k, s, pad = self.kernel, self.stride, self.kernel // 2
-        _, height, width, channels = x_BHWC.shape
-        shape, axes = (k, k, channels, self.features), (None, None, None, "embed")
+        shape, axes = (self.kernel, self.kernel, x_BHWC.shape[-1], self.features), (None, None, None, "embed")
         w = matrix(self, "kernel", shape, axes, 3, math.sqrt(2))
-        w, x = gather(w.astype(self.dtype)), x_BHWC.astype(self.dtype)
-        rows, cols = (height + 2 * pad - k) // s + 1, (width + 2 * pad - k) // s + 1
-        if platform() != "cpu" or min(rows, cols) >= k:
-            layout = ("NHWC", "HWIO", "NHWC")
-            return jax.lax.conv_general_dilated(x, w, (s, s), [(pad, pad)] * 2, dimension_numbers=layout)
-        x = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        patches = [x[:, i:i + s * (rows - 1) + 1:s, j:j + s * (cols - 1) + 1:s] for i in range(k) for j in range(k)]
-        needed = flops.taps(height, k, rows, s, pad) * flops.taps(width, k, cols, s, pad)
-        with flops.padded(needed, rows * cols * k * k):
-            return jnp.einsum("bhwp,po->bhwo", jnp.concatenate(patches, -1), w.reshape(-1, self.features))
+        return convolve(x_BHWC.astype(self.dtype), gather(w.astype(self.dtype)), self.stride)
 
 
 class BatchNorm(nn.Module):

@@ -121,12 +121,14 @@ def mae(model, objective, side):
 
 
 def conv(rows, side, stride, channels, features, need=trained):
-    """A 3x3 convolution. Padding is no work; outputs smaller than the kernel are a product of patches that hold it."""
+    """A 3x3 convolution. Padding is no work; products with patches hold it: the gradient of the kernel is one, and all
+    are where the output is smaller than the kernel.
+    """
     out = -(-side // stride)
     taps = sum(0 <= stride * o + k - 1 < side for o in range(out) for k in range(3))**2
-    run = taps if out >= 3 else 9 * out**2
-    needed, extra = (need(rows * channels * features * n) for n in (taps, run - taps))
-    return Need(needed.model, extra.model, again_full=2 * rows * channels * features * run)
+    held, pairs = 9 * out**2 - taps, rows * channels * features
+    extra = (forward_only if out >= 3 else need)(pairs * held)
+    return Need(need(pairs * taps).model, extra.model, again_full=2 * pairs * (taps if out >= 3 else taps + held))
 
 
 def simclr(model, objective, side):

@@ -1,11 +1,13 @@
 """Layers against plain NumPy, and the identities that hold between their variants."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sslx import flops, kernels, layers
+from sslx import convolution, flops, kernels, layers
 from sslx.config import UserError
 from sslx.sharding import batch_sharding, make_mesh, spec
 
@@ -168,14 +170,29 @@ def test_a_width_that_the_mesh_does_not_divide_is_named():
         layers.Linear(6, ("embed", "hidden")).init(KEY, normal(8, 4))
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("size, kernel, stride", [(8, 7, 2), (8, 3, 1), (7, 3, 2), (8, 1, 2), (5, 1, 1)])
-def test_conv_is_that_of_xla(size, kernel, stride):
-    x = normal(2, size, size + 1, 3)
+def test_conv_is_that_of_xla(size, kernel, stride, devices, monkeypatch):
+    """Value and gradients; of the kernel's, which is summed over parts of the images, some are of one image."""
+    monkeypatch.setattr(convolution, "CACHED", 20_000)
     conv = layers.Conv(4, kernel, stride)
-    params = conv.init(KEY, x)["params"]
-    expected = jax.lax.conv_general_dilated(x, params["kernel"], (stride, stride), [(kernel // 2, kernel // 2)] * 2,
-                                            dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    np.testing.assert_allclose(conv.apply({"params": params}, x), expected, rtol=1e-4, atol=1e-5)
+    layout = dict(padding=[(kernel // 2, kernel // 2)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def of_xla(x, w):
+        return jax.lax.conv_general_dilated(x, w, (stride, stride), **layout)
+
+    def value_and_gradients(f, x, w, d):
+        y, back = jax.vjp(f, x, w)
+        return y, *back(d)
+
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:devices])):
+        x = jax.device_put(normal(4, size, size + 1, 3), spec("batch"))
+        w = conv.init(KEY, x)["params"]["kernel"]
+        d = jax.device_put(normal(*of_xla(np.asarray(x), np.asarray(w)).shape, seed=1), spec("batch"))
+        ours = jax.jit(functools.partial(value_and_gradients, lambda x, w: conv.apply({"params": {"kernel": w}}, x)))
+        found = jax.device_get(ours(x, w, d))
+    for ours, theirs in zip(found, value_and_gradients(of_xla, *jax.device_get((x, w, d))), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])

@@ -1,0 +1,110 @@
+"""Convolutions as each platform does them well.
+
+XLA's CPU backend is slow at two of them: where the output is smaller than the kernel, and at the gradient of a kernel.
+Both are products with image patches there, the second of so few images at a time that their patches stay in a cache.
+
+B batch, H W positions, C channels, P = k k C elements of a patch, O output channels.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from sslx import flops
+from sslx.channels import spec_of
+from sslx.sharding import platform
+
+CACHED = 1 << 20  # bytes of patches that are made at a time
+
+
+def convolve(x_BHWC, w_KKCO, stride: int):
+    """A convolution [B, H', W', O] with a square kernel, of images padded by half of it."""
+    return by_patches(x_BHWC, w_KKCO, stride) if platform() == "cpu" else direct(x_BHWC, w_KKCO, stride)
+
+
+def direct(x_BHWC, w_KKCO, stride: int):
+    """The convolution as XLA's own operation."""
+    pad = len(w_KKCO) // 2
+    return jax.lax.conv_general_dilated(x_BHWC, w_KKCO, (stride, stride), [(pad, pad)] * 2,
+                                        dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def of_patches(x_BHWC, w_KKCO, stride: int):
+    """The convolution as a product with patches."""
+    k, *_, features = w_KKCO.shape
+    with needed(x_BHWC.shape, k, stride):
+        return jnp.einsum("bhwp,po->bhwo", patches(x_BHWC, k, stride), w_KKCO.reshape(-1, features))
+
+
+def forward(x_BHWC, w_KKCO, stride: int):
+    k = len(w_KKCO)
+    small = min(extent(n, k, stride) for n in x_BHWC.shape[1:3]) < k
+    return (of_patches if small else direct)(x_BHWC, w_KKCO, stride)
+
+
+def backward(stride: int, kept, d_BHWO):
+    x_BHWC, w_KKCO = kept
+    transposed = jax.linear_transpose(lambda x: forward(x, w_KKCO, stride), x_BHWC)
+    return *transposed(d_BHWO), kernel_gradient(x_BHWC, d_BHWO, w_KKCO.shape, stride).astype(w_KKCO.dtype)
+
+
+by_patches = jax.custom_vjp(forward, nondiff_argnums=(2,))
+by_patches.defvjp(lambda x, w, stride: (forward(x, w, stride), (x, w)), backward)
+
+
+def kernel_gradient(x_BHWC, d_BHWO, shape: tuple[int, ...], stride: int):
+    """float32, of a kernel of this shape whose convolution has the gradient d; each device sums over its images."""
+    k, _, C, _ = shape
+
+    def local(x, d):
+        """[O, P]"""
+        _, rows, cols, features = d.shape
+        n = images_at_a_time(len(x), rows * cols * k * k * C * x.dtype.itemsize)
+
+        def add(total, part):
+            x, d = part
+            # Without the barrier the patches are made inside the product, transposed.
+            seen = jax.lax.optimization_barrier(patches(x, k, stride))
+            with needed(x.shape, k, stride):
+                return total + jnp.einsum("bhwp,bhwo->op", seen, d, preferred_element_type=jnp.float32), None
+
+        parts = tuple(y.reshape(-1, n, *y.shape[1:]) for y in (x, d))
+        return jax.lax.scan(add, jnp.zeros((features, k * k * C)), parts)[0]
+
+    if axes := spec_of(x_BHWC)[0]:
+        local = jax.shard_map(functools.partial(summed, local, axes), in_specs=P(axes), out_specs=P(),
+                              axis_names={axes} if isinstance(axes, str) else set(axes), check_vma=False)
+    return local(x_BHWC, d_BHWO).T.reshape(shape)
+
+
+def summed(f, axes, *arguments):
+    """f of the arguments, summed over devices."""
+    return jax.lax.psum(f(*arguments), axes)
+
+
+def images_at_a_time(images: int, size: int) -> int:
+    """The largest divisor of so many images whose patches, of `size` bytes an image, fit into CACHED; at least 1."""
+    return next(n for n in range(min(images, max(CACHED // size, 1)), 0, -1) if images % n == 0)
+
+
+def patches(x_BHWC, k: int, stride: int):
+    """What each output position sees, [B, H', W', P]."""
+    pad, (rows, cols) = k // 2, (extent(n, k, stride) for n in x_BHWC.shape[1:3])
+    x = jnp.pad(x_BHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    return jnp.concatenate([x[:, i:i + stride * (rows - 1) + 1:stride, j:j + stride * (cols - 1) + 1:stride]
+                            for i in range(k) for j in range(k)], -1)
+
+
+def extent(n: int, k: int, stride: int) -> int:
+    """Outputs along n inputs."""
+    return (n + 2 * (k // 2) - k) // stride + 1
+
+
+def needed(shape, k: int, stride: int):
+    """A scope in which FLOPs of a product with patches are those that do not meet padding."""
+    sides = [(n, extent(n, k, stride)) for n in shape[1:3]]
+    return flops.padded(math.prod(flops.taps(n, k, m, stride, k // 2) for n, m in sides),
+                        math.prod(m * k for _, m in sides))
