@@ -9,11 +9,10 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
 import orbax.checkpoint as ocp
 
-from sslx import log, manifest, workdir
-from sslx.checkpoint import steps, unsealed
+from sslx import log, workdir
+from sslx.checkpoint import bound, sound
 from sslx.config import UserError
 from sslx.experiment import Run
 from sslx.log import Record
@@ -59,10 +58,7 @@ def trunk_of(run: Run) -> Trunk | None:
 
 def check(trunk: Trunk, config: dict[str, Any], fingerprint: str) -> None:
     """Raises UserError if a run of this config and data would not have come to the trunk's step as the trunk did."""
-    bound = trunk.workdir / "config.json"
-    if not bound.exists():
-        raise UserError(f"config.run.trunk={str(trunk.workdir)!r} is no workdir of a run: {bound} does not exist")
-    theirs, mine = workdir.bound(bound), workdir.identity(config, fingerprint)
+    theirs, mine = workdir.bound(bound(trunk.workdir, "run.trunk")), workdir.identity(config, fingerprint)
     if changed := workdir.difference(theirs, mine, FREE):
         raise UserError(f"config.run.trunk={str(trunk.workdir)!r} is a run of another config ({changed}). A branch has"
                         " the config of its trunk up to run.steps and optim.steps, schedule, decay and final")
@@ -71,13 +67,7 @@ def check(trunk: Trunk, config: dict[str, Any], fingerprint: str) -> None:
             raise UserError(f"config.run.trunk_step={trunk.step} is not in the stable phase of {whose}, whose learning"
                             f" rate decays from step {last} on (optim.schedule={conf.get('optim.schedule')!r}); branch"
                             " at an earlier step of a run with optim.schedule='wsd' or 'constant'")
-    saved = [step for step in steps(trunk.folder) if step != unsealed(trunk.folder)]
-    if trunk.step not in saved:
-        raise UserError(f"config.run.trunk={str(trunk.workdir)!r} has no checkpoint of step {trunk.step}; it has"
-                        f" {', '.join(map(str, saved)) or 'none'}. Keep it with --config.run.keep_at=({trunk.step},)")
-    if jax.process_index() == 0 and (damage := manifest.damage(trunk.folder / str(trunk.step))):
-        raise UserError(f"the checkpoint of step {trunk.step} in config.run.trunk={str(trunk.workdir)!r} is damaged"
-                        f" ({'; '.join(damage)}): branch at another step, or put the files back from a copy")
+    sound(trunk.workdir, trunk.step, "run.trunk")
 
 
 def stable_until(conf: dict[str, Any]) -> float:

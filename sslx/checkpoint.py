@@ -179,6 +179,32 @@ def unsealed(folder: pathlib.Path) -> int | None:
     return int(step) if step.isdigit() and not (folder / step / manifest.NAME).exists() else None
 
 
+def bound(workdir: pathlib.Path, field: str) -> pathlib.Path:
+    """The config that the run which config.`field` names is bound to. Raises UserError if there is no such run."""
+    if not (path := workdir / "config.json").exists():
+        raise UserError(f"config.{field}={str(workdir)!r} is no workdir of a run: {path} does not exist")
+    return path
+
+
+def sound(workdir: pathlib.Path, step: int | None, field: str) -> int:
+    """`step`, or the newest, of the checkpoints of a run that config.`field` names.
+
+    Raises UserError if there is no such run or checkpoint, or if it is damaged.
+    """
+    bound(workdir, field)
+    folder, named = workdir / "checkpoints", f"config.{field}={str(workdir)!r}"
+    saved = [step for step in steps(folder) if step != unsealed(folder)]
+    if not saved or (step is not None and step not in saved):
+        which = "" if step is None else (f" of step {step}; it has {', '.join(map(str, saved)) or 'none'}. Keep it with"
+                                         f" --config.run.keep_at=({step},)")
+        raise UserError(f"{named} has no checkpoint{which}")
+    step = saved[-1] if step is None else step
+    if jax.process_index() == 0 and (damage := manifest.damage(folder / str(step))):
+        raise UserError(f"the checkpoint of step {step} in {named} is damaged ({'; '.join(damage)}): take another step,"
+                        " or put the files back from a copy")
+    return step
+
+
 def remove(folder: pathlib.Path) -> None:
     """Removes a checkpoint; half removed, it has a name that is no step's."""
     shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.removed")))

@@ -41,6 +41,8 @@ class Run(NamedTuple):
                 the best value of a metric, "min:heldout/loss" or "max:knn/accuracy"; evaluations then save.
     keep_at:    steps that are saved and stay, for branches.
     trunk, trunk_step: the run branches from this step of the run in the workdir `trunk` (sslx/branches.py).
+    encoder_from, encoder_step, encoder_of: the run begins with the encoder of the run in the workdir `encoder_from`, of
+                its newest checkpoint or of a step, of its student or its teacher (sslx/encoders.py).
     on_bad_step: a loss or gradient that is not finite, or a spike: "stop" ends the run; "skip" leaves weights and
                 optimizer as they were; "rollback" goes on from the newest checkpoint and passes over the step's batch
                 and the one before.
@@ -69,6 +71,9 @@ class Run(NamedTuple):
     keep_at: tuple[Count, ...] = ()
     trunk: str | None = None
     trunk_step: Count | None = None
+    encoder_from: str | None = None
+    encoder_step: Count | None = None
+    encoder_of: Literal["student", "teacher"] = "student"
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     spike: Positive | None = None
     max_bad_steps: Natural = 8

@@ -18,6 +18,7 @@ from sslx import branches, checkpoint, distributed, energy, experiment, flops, g
 from sslx.checkpoint import Checkpoints
 from sslx.clock import Clock, Interrupt
 from sslx.data import pipeline
+from sslx.encoders import encoder_of
 from sslx.experiment import Experiment, build
 from sslx.guards import Diverged
 from sslx.objectives import Batch, Objective
@@ -133,6 +134,7 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
         branches.check(trunk, conf, source.info.fingerprint)
     example = next(built.batches(0, 1))[0]
     unborn = state.abstract(objective, optimizer, options.seed, example)
+    encoder = None if trunk or checkpoint.steps(folder / "checkpoints") else encoder_of(options, unborn)
     counted = count_flops(objective, unborn, example)
     # Only a config whose networks and loss can be traced lays claim to the workdir.
     with workdir.locked(folder):
@@ -148,6 +150,7 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
                 current, bad = trunk.restore(unborn)
             else:
                 current, bad = state.create(objective, optimizer, options.seed, example), 0
+                current = encoder.adopted(current) if encoder else current
             return current, 0 if process else bad
 
         resumed = checkpoints.latest()

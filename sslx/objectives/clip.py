@@ -21,16 +21,17 @@ def symmetric_info_nce(image_BD, text_BD, temperature, chunks: int = 1):
 
 
 def make(model: TwoTowers, info: Info, *, features: Count = 512, temperature: Positive = 0.07, chunks: Count = 1,
-         view: dict[str, Any] | None = None) -> Objective:
+         view: dict[str, Any] | None = None, locked: bool = False) -> Objective:
     """CLIP.
 
     features:    in which images and texts meet.
     temperature: at birth; it is learnt, and its inverse stays at most 100.
     chunks:      in which the products of all pairs are made, and made again for the gradient: for batches of thousands.
     view:        arguments of `views.image.augmentation`; None for images as they are.
+    locked:      the image tower is that of config.run.encoder_from, and only its head is trained (LiT).
     """
     def loss(scale, image_BD, text_BD):
         inverse = jnp.minimum(jnp.exp(scale["log_scale"]), LARGEST)
         return symmetric_info_nce(image_BD, text_BD, 1 / inverse, chunks)
 
-    return objective(model, info, features, view, {"log_scale": -math.log(temperature)}, loss)
+    return objective(model, info, features, view, locked, {"log_scale": -math.log(temperature)}, loss)

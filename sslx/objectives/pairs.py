@@ -21,11 +21,13 @@ from sslx.objectives.text import check_tokens, masking, mean_pooled
 from sslx.views.image import augmentation, to_float
 
 
-def objective(model: TwoTowers, info: Info, features: int, view: dict[str, Any] | None, scale: dict[str, float],
-              loss: Callable) -> Objective:
+def objective(model: TwoTowers, info: Info, features: int, view: dict[str, Any] | None, locked: bool,
+              scale: dict[str, float], loss: Callable) -> Objective:
     """The objective of two towers.
 
     view:  arguments of `views.image.augmentation`; None for images as they are.
+    locked: the image tower is one that another run has trained, and is not trained further (LiT, Zhai et al. 2022):
+           aux carries it. Its head is trained.
     scale: trained numbers that `loss` takes, at birth.
     loss:  (scale, images float32 [B, D], texts [B, D], both unit vectors) -> loss.
     """
@@ -47,19 +49,27 @@ def objective(model: TwoTowers, info: Info, features: int, view: dict[str, Any] 
         keys = jax.random.split(key, 5)
         images = look(keys[4], batch["image"])
         stats = dict(model.image.init(keys[0], images, train=True, method="encode"))
-        params = {"encoder": stats.pop("params")}
+        encoder = {"encoder": stats.pop("params")}
+        params, aux = ({}, {"locked": encoder}) if locked else (dict(encoder), {})
         params["text"] = model.text.init(keys[1], batch["tokens"], "bidirectional", method="hidden",
                                          **masking(batch))["params"]
-        image_BD, _ = encode_images(model.image, params["encoder"], stats, images, train=False)
+        image_BD, _ = encode_images(model.image, encoder["encoder"], stats, images, train=False)
         for k, name, x_BD in ((keys[2], "image_head", image_BD), (keys[3], "text_head", read(params, batch))):
             params[name] = heads[name].init(k, x_BD.astype(jnp.float32))["params"]
-        return params | {"scale": {name: jnp.float32(x) for name, x in scale.items()}}, stats
+        params["scale"] = {name: jnp.float32(x) for name, x in scale.items()}
+        return params, aux | {"stats": {"encoder": stats}}
+
+    def seen(params, aux, images, train, key=None):
+        """(features, aux) of images."""
+        encoder, train = (aux["locked"], False) if locked else (params, train)
+        image_BD, stats = encode_images(model.image, encoder["encoder"], aux["stats"]["encoder"], images, train=train,
+                                        key=key)
+        return image_BD, aux | {"stats": {"encoder": stats}}
 
     def measured(params, aux, batch, key):
         key_view, key_drop = jax.random.split(key)
         with jax.named_scope("image"):
-            images = look(key_view, batch["image"])
-            image_BD, aux = encode_images(model.image, params["encoder"], aux, images, train=True, key=key_drop)
+            image_BD, aux = seen(params, aux, look(key_view, batch["image"]), True, key_drop)
         with jax.named_scope("text"):
             text_BD = read(params, batch)
         with jax.named_scope("loss"):
@@ -68,8 +78,7 @@ def objective(model: TwoTowers, info: Info, features: int, view: dict[str, Any] 
         return value, (aux, {"loss": value, "tokens": jnp.int32(len(batch["image"]) * patches)})
 
     def encode(params, aux, batch):
-        images = to_float(batch["image"])
-        return encode_images(model.image, params["encoder"], aux, images, train=False)[0].astype(jnp.float32)
+        return seen(params, aux, to_float(batch["image"]), False)[0].astype(jnp.float32)
 
     def embed(params, aux, batch):
         return {"image": projected(params, "image_head", encode(params, aux, batch)),

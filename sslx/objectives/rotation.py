@@ -23,17 +23,20 @@ def make(model: Backbone, info: Info) -> Objective:
         images = to_float(batch["image"])
         stats = dict(model.init(key_encoder, images, train=True, method="encode"))
         h_BD = model.apply(stats, images, train=False, method="encode")
-        return {"encoder": stats.pop("params"), "head": head.init(key_head, h_BD)["params"]}, stats
+        params = {"encoder": stats.pop("params"), "head": head.init(key_head, h_BD)["params"]}
+        return params, {"stats": {"encoder": stats}}
 
     def loss(params, aux, batch, key):
         images = to_float(batch["image"])
         turned = interleave([jnp.rot90(images, turns, axes=(1, 2)) for turns in range(4)])
-        h_ND, aux = encode_images(model, params["encoder"], aux, turned, train=True, key=key)
+        h_ND, stats = encode_images(model, params["encoder"], aux["stats"]["encoder"], turned, train=True, key=key)
         logits = head.apply({"params": params["head"]}, h_ND)
         value = cross_entropy(logits, jnp.tile(jnp.arange(4), len(images))).mean()
-        return value, (aux, {"loss": value, "tokens": jnp.int32(len(images) * grid_patches(model, info))})
+        tokens = jnp.int32(len(images) * grid_patches(model, info))
+        return value, ({"stats": {"encoder": stats}}, {"loss": value, "tokens": tokens})
 
     def encode(params, aux, batch):
-        return encode_images(model, params["encoder"], aux, to_float(batch["image"]), train=False)[0]
+        stats = aux["stats"]["encoder"]
+        return encode_images(model, params["encoder"], stats, to_float(batch["image"]), train=False)[0]
 
     return Objective(init, loss, encode)

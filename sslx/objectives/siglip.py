@@ -34,15 +34,16 @@ def sigmoid_contrast(image_BD, text_BD, scale, bias, chunks: int = 1):
 
 
 def make(model: TwoTowers, info: Info, *, features: Count = 512, scale: Positive = 10.0, bias: float = -10.0,
-         chunks: Count = 1, view: dict[str, Any] | None = None) -> Objective:
+         chunks: Count = 1, view: dict[str, Any] | None = None, locked: bool = False) -> Objective:
     """SigLIP.
 
     features:    in which images and texts meet.
     scale, bias: of their products, at birth; both are learnt.
     chunks:      in which the products of all pairs are made, and made again for the gradient: for batches of thousands.
     view:        arguments of `views.image.augmentation`; None for images as they are.
+    locked:      the image tower is that of config.run.encoder_from, and only its head is trained (LiT).
     """
     def loss(trained, image_BD, text_BD):
         return sigmoid_contrast(image_BD, text_BD, jnp.exp(trained["log_scale"]), trained["bias"], chunks)
 
-    return objective(model, info, features, view, {"log_scale": math.log(scale), "bias": bias}, loss)
+    return objective(model, info, features, view, locked, {"log_scale": math.log(scale), "bias": bias}, loss)
