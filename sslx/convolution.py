@@ -22,7 +22,7 @@ CACHED = 1 << 20  # bytes of patches that are made at a time
 
 def convolve(x_BHWC, w_KKCO, stride: int):
     """A convolution [B, H', W', O] with a square kernel, of images padded by half of it."""
-    return by_patches(x_BHWC, w_KKCO, stride) if platform() == "cpu" else direct(x_BHWC, w_KKCO, stride)
+    return on_cpu(x_BHWC, w_KKCO, stride) if platform() == "cpu" else direct(x_BHWC, w_KKCO, stride)
 
 
 def direct(x_BHWC, w_KKCO, stride: int):
@@ -51,8 +51,8 @@ def backward(stride: int, kept, d_BHWO):
     return *transposed(d_BHWO), kernel_gradient(x_BHWC, d_BHWO, w_KKCO.shape, stride).astype(w_KKCO.dtype)
 
 
-by_patches = jax.custom_vjp(forward, nondiff_argnums=(2,))
-by_patches.defvjp(lambda x, w, stride: (forward(x, w, stride), (x, w)), backward)
+on_cpu = jax.custom_vjp(forward, nondiff_argnums=(2,))
+on_cpu.defvjp(lambda x, w, stride: (forward(x, w, stride), (x, w)), backward)
 
 
 def kernel_gradient(x_BHWC, d_BHWO, shape: tuple[int, ...], stride: int):
