@@ -63,6 +63,8 @@ def main(arguments: list[str]) -> int:
     steps = 20 if flags["steps"] is None else flags["steps"]
     if steps < 2:
         raise UserError(f"--steps is {steps}; it takes at least 2, of which there is a median and a spread")
+    if flags["profile"] and pathlib.Path(flags["profile"]).is_file():
+        raise UserError(f"--profile={flags['profile']} is a file; it takes a folder, which is made")
     print(f"platform {platforms.prepare()}", flush=True)
     platforms.enable_compilation_cache()
     built = experiment.build(conf)

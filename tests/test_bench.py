@@ -81,7 +81,8 @@ def test_lines_are_those_of_the_source():
     assert (f"test_bench.py:{here - 1}", "tanh") in profile.origins(program).values()
 
 
-@pytest.mark.parametrize("flags, words", [(["--steps=1"], "--steps is 1"), (["--config.model.width=63"], "heads")])
+@pytest.mark.parametrize("flags, words", [(["--steps=1"], "--steps is 1"), (["--config.model.width=63"], "heads"),
+                                          ([f"--profile={__file__}"], "is a file")])
 def test_mistakes(flags, words, capsys):
     assert bench.main([*QUICKSTART, *flags]) == 2
     assert words in capsys.readouterr().err
