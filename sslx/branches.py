@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 
 from sslx import log, workdir
-from sslx.checkpoint import bound, sound
+from sslx.checkpoint import config_of, sound_step
 from sslx.config import UserError
 from sslx.experiment import Run
 from sslx.log import Record
@@ -58,7 +58,7 @@ def trunk_of(run: Run) -> Trunk | None:
 
 def check(trunk: Trunk, config: dict[str, Any], fingerprint: str) -> None:
     """Raises UserError if a run of this config and data would not have come to the trunk's step as the trunk did."""
-    theirs, mine = workdir.bound(bound(trunk.workdir, "run.trunk")), workdir.identity(config, fingerprint)
+    theirs, mine = workdir.bound(config_of(trunk.workdir, "run.trunk")), workdir.identity(config, fingerprint)
     if changed := workdir.difference(theirs, mine, FREE):
         raise UserError(f"config.run.trunk={str(trunk.workdir)!r} is a run of another config ({changed}). A branch has"
                         " the config of its trunk up to run.steps and optim.steps, schedule, decay and final")
@@ -67,7 +67,7 @@ def check(trunk: Trunk, config: dict[str, Any], fingerprint: str) -> None:
             raise UserError(f"config.run.trunk_step={trunk.step} is not in the stable phase of {whose}, whose learning"
                             f" rate decays from step {last} on (optim.schedule={conf.get('optim.schedule')!r}); branch"
                             " at an earlier step of a run with optim.schedule='wsd' or 'constant'")
-    sound(trunk.workdir, trunk.step, "run.trunk")
+    sound_step(trunk.workdir, trunk.step, "run.trunk")
 
 
 def stable_until(conf: dict[str, Any]) -> float:

@@ -147,7 +147,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if not no_space(error):
                 raise
-            saved = max((step for step in steps(self.folder) if step != unsealed(self.folder)), default=None)
+            saved = max(complete(self.folder), default=None)
             last = "no checkpoint is complete" if saved is None else f"the last complete checkpoint is of step {saved}"
             raise UserError(f"a checkpoint could not be saved in {self.workdir}: there is no space left; {last}."
                             " Free some space (or keep fewer checkpoints: run.keep), then run the same command"
@@ -179,21 +179,26 @@ def unsealed(folder: pathlib.Path) -> int | None:
     return int(step) if step.isdigit() and not (folder / step / manifest.NAME).exists() else None
 
 
-def bound(workdir: pathlib.Path, field: str) -> pathlib.Path:
-    """The config that the run which config.`field` names is bound to. Raises UserError if there is no such run."""
+def complete(folder: pathlib.Path) -> list[int]:
+    """The steps saved in `folder` whose saving has ended, oldest first."""
+    return [step for step in steps(folder) if step != unsealed(folder)]
+
+
+def config_of(workdir: pathlib.Path, field: str) -> pathlib.Path:
+    """The file with the config of the run that config.`field` names. Raises UserError if there is no such run."""
     if not (path := workdir / "config.json").exists():
         raise UserError(f"config.{field}={str(workdir)!r} is no workdir of a run: {path} does not exist")
     return path
 
 
-def sound(workdir: pathlib.Path, step: int | None, field: str) -> int:
+def sound_step(workdir: pathlib.Path, step: int | None, field: str) -> int:
     """`step`, or the newest, of the checkpoints of a run that config.`field` names.
 
     Raises UserError if there is no such run or checkpoint, or if it is damaged.
     """
-    bound(workdir, field)
+    config_of(workdir, field)
     folder, named = workdir / "checkpoints", f"config.{field}={str(workdir)!r}"
-    saved = [step for step in steps(folder) if step != unsealed(folder)]
+    saved = complete(folder)
     if not saved or (step is not None and step not in saved):
         which = "" if step is None else (f" of step {step}; it has {', '.join(map(str, saved)) or 'none'}. Keep it with"
                                          f" --config.run.keep_at=({step},)")
@@ -276,7 +281,7 @@ def show(workdir: pathlib.Path) -> int:
 def prune(workdir: pathlib.Path, keep: int) -> int:
     """Removes all steps but the newest `keep` sound ones, and W/damaged. Raises UserError if no step is sound."""
     folder = workdir / "checkpoints"
-    saved = [step for step in reversed(steps(folder)) if step != unsealed(folder)]
+    saved = complete(folder)[::-1]
     sound = list(itertools.islice((s for s in saved if not manifest.damage(folder / str(s))), keep))
     if not sound:
         raise UserError(f"no checkpoint in {folder} is sound: nothing was removed")

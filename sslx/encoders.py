@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from sslx.checkpoint import sound
+from sslx.checkpoint import sound_step
 from sslx.config import UserError
 from sslx.experiment import Run
 from sslx.state import TrainState
 
 STATS = ("stats", "encoder")
-PLACES: dict[str, dict[bool, tuple[str, ...]]] = {  # of parameters, and of statistics (True)
-    "student": {False: ("params", "encoder"), True: ("aux", *STATS)},
-    "teacher": {False: ("aux", "teacher", "params", "encoder"), True: ("aux", "teacher", *STATS)},
+PLACES: dict[str, dict[str, tuple[str, ...]]] = {
+    "student": {"params": ("params", "encoder"), "stats": ("aux", *STATS)},
+    "teacher": {"params": ("aux", "teacher", "params", "encoder"), "stats": ("aux", "teacher", *STATS)},
 }
 
 
@@ -58,7 +58,7 @@ class Encoder(NamedTuple):
         if "encoder" not in path:
             return None
         before, after = path[:path.index("encoder")], path[path.index("encoder") + 1:]
-        return *PLACES[self.of]["stats" in before], *after
+        return *PLACES[self.of]["stats" if "stats" in before else "params"], *after
 
 
 def encoder_of(run: Run, unborn: TrainState) -> Encoder | None:
@@ -69,7 +69,7 @@ def encoder_of(run: Run, unborn: TrainState) -> Encoder | None:
                             " config.run.encoder_from to its workdir")
         return None
     workdir, named = pathlib.Path(run.encoder_from), f"config.run.encoder_from={run.encoder_from!r}"
-    encoder = Encoder(workdir, sound(workdir, run.encoder_step, "run.encoder_from"), run.encoder_of)
+    encoder = Encoder(workdir, sound_step(workdir, run.encoder_step, "run.encoder_from"), run.encoder_of)
     with reader() as checkpointer:
         tree = checkpointer.metadata(encoder.folder).item_metadata["default"].tree
     saved = {keys(path): tuple(x.shape) for path, x in jax.tree_util.tree_leaves_with_path(tree)}

@@ -130,11 +130,12 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
     conf, options, data, mesh, source, objective, optimizer, evaluation = built
     process, rows_B = jax.process_index(), pipeline.local_rows(batch_sharding(mesh), data.batch_size)
     trunk = branches.trunk_of(options)
-    if trunk and not checkpoint.steps(folder / "checkpoints"):
+    fresh = not checkpoint.steps(folder / "checkpoints")
+    if trunk and fresh:
         branches.check(trunk, conf, source.info.fingerprint)
     example = next(built.batches(0, 1))[0]
     unborn = state.abstract(objective, optimizer, options.seed, example)
-    encoder = None if trunk or checkpoint.steps(folder / "checkpoints") else encoder_of(options, unborn)
+    encoder = encoder_of(options, unborn) if fresh and not trunk else None
     counted = count_flops(objective, unborn, example)
     # Only a config whose networks and loss can be traced lays claim to the workdir.
     with workdir.locked(folder):

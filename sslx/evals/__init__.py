@@ -94,7 +94,7 @@ class Subject:
 class Evaluation(NamedTuple):
     """measure: Subject -> {metric: number}.
     splits:  those it reads, with the least number of examples; None for a batch.
-    pairs:   whether it embeds pairs of images and captions.
+    pairs:   whether it embeds pairs of images and captions; of a subject without, such as raw inputs, it says nothing.
     """
 
     measure: Callable[[Subject], dict[str, float]]
@@ -102,7 +102,7 @@ class Evaluation(NamedTuple):
     pairs: bool = False
 
     def __call__(self, subject: Subject) -> dict[str, float]:
-        return self.measure(subject)
+        return {} if self.pairs and subject.embed is None else self.measure(subject)
 
 
 class Evaluate(NamedTuple):

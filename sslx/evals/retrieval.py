@@ -13,8 +13,6 @@ def make(*, k: tuple[Count, ...] = (1, 10), rows: Count = 5000) -> Evaluation:
     is `retrieval/chance_at_k` = k / N.
     """
     def evaluate(subject: Subject) -> dict[str, float]:
-        if subject.embed is None:
-            return {}
         pairs = subject.embeddings("retrieval", rows)
         cosines_NN = pairs["image"] @ pairs["text"].T
         own_N = np.diagonal(cosines_NN)

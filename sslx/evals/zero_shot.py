@@ -1,6 +1,5 @@
 """Zero-shot classification: the class whose name is nearest to an image."""
 
-
 from sslx.config import UserError
 from sslx.evals import Evaluation, Subject
 
@@ -15,8 +14,6 @@ def make(*, templates: tuple[str, ...] = ("{}",)) -> Evaluation:
             raise UserError(f"evals.zero_shot.templates has {template!r}, with no {{}} where the name of a class goes")
 
     def evaluate(subject: Subject) -> dict[str, float]:
-        if subject.embed is None:
-            return {}
         info = subject.split("test").info
         if not info.classes:
             raise UserError(f"evals.zero_shot takes classes with names, and {info.name!r} has none: remove it")

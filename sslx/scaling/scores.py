@@ -17,6 +17,7 @@ from sslx.command import told
 from sslx.config import UserError
 from sslx.log import Record
 from sslx.report import number
+from sslx.scaling.grid import numbers
 from sslx.scaling.study import logs
 
 PERCENT = re.compile(r"accuracy$|_at_\d+$")
@@ -68,10 +69,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--metrics", default="knn/accuracy,probe/accuracy,rankme")
     parser.add_argument("--minutes", default="")
     given = parser.parse_args(arguments)
-    try:
-        minutes = [float(m) for m in given.minutes.split(",") if m]
-    except ValueError as error:
-        raise UserError(f"--minutes={given.minutes} takes numbers with commas between them, such as 4,8,20") from error
+    minutes = numbers(given.minutes, "--minutes") if given.minutes else []
     metrics = given.metrics.split(",")
     heads = ["", "FLOPs an example", "random init", *([f"{m:g} CPU-minutes" for m in minutes] or ["end"])]
     print(" / ".join(metrics))

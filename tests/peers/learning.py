@@ -8,9 +8,9 @@ makes for it. Wants `pip install -e .[peers]`; on one core: `taskset -c 0`.
 
 import argparse
 import copy
-import importlib.util
 import json
 import pathlib
+import runpy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -160,11 +160,7 @@ METHODS = dict(simclr=simclr, moco=moco, nnclr=nnclr, byol=byol, simsiam=simsiam
 
 
 def built_of(name: str, steps: int, seed: int) -> experiment.Experiment:
-    path = CONFIGS / f"{name}_fashion_mnist.py"
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    conf = module.get_config()
+    conf = runpy.run_path(str(CONFIGS / f"{name}_fashion_mnist.py"))["get_config"]()
     conf.run.update(steps=steps, seed=seed)
     conf.optim.update(steps=steps, warmup=steps // 20)
     if "steps" in conf.objective:

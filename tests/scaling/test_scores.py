@@ -46,7 +46,7 @@ def test_the_nearest_evaluation_to_a_time(folder, capsys):
 
 def test_mistakes_are_named(folder, tmp_path, capsys):
     assert printed(capsys, folder, "--minutes", "four")[::2] == (
-        2, "\nerror: --minutes=four takes numbers with commas between them, such as 4,8,20\n")
+        2, "\nerror: --minutes is 'four'; it takes numbers of at least 1e-09, with commas between them\n")
     written(folder / "young", {0: (5.0, {})})
     status, _, err = printed(capsys, folder)
     assert status == 2 and "young has no evaluation after its first step" in err
