@@ -1,20 +1,21 @@
 """python tests/peers/learning.py [METHOD ...] [--steps 300] [--seeds 1] [--json F]
 
-What configs/METHOD_fashion_mnist.py learns here and what lightly's parts learn in PyTorch: the same network, images in
-the same order, views to the bit, optimizer and schedule, so many steps. kNN-5 / linear probe by the evaluations of the
-config, and the CPU-seconds of both, without compilation and evaluation; those of the peer hold the views, which sslx
-makes for it. Wants `pip install -e .[peers]`; on one core: `taskset -c 0`.
+What configs/METHOD_fashion_mnist.py learns here and what lightly's parts learn in PyTorch: the same network (SimCLR's
+ResNet), images in the same order, views to the bit, optimizer and schedule, so many steps. kNN-5 / linear probe by the
+evaluations of the config, on all test images, and the CPU-seconds of both, without compilation and evaluation; those of
+the peer hold the views, which sslx makes for it. Wants `pip install -e .[peers]`; on one core: `taskset -c 0`.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import pathlib
 import runpy
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -63,15 +64,20 @@ def normed(channels: int, features: int, kernel: int, stride: int) -> nn.Module:
     return nn.Sequential(conv, nn.BatchNorm2d(features))
 
 
-# Each makes of (features of the network, config.objective, steps) the modules beside the network, and the loss of a
-# network, views and step.
+class Made(NamedTuple):
+    """The modules beside the network, the loss of (network, views, step), and the network that is judged."""
 
-Made = tuple[list[nn.Module], Callable[[nn.Module, Views, int], torch.Tensor]]
+    beside: list[nn.Module]
+    loss: Callable[[nn.Module, Views, int], torch.Tensor]
+    judged: Callable[[nn.Module], nn.Module] = lambda net: net
+
+
+# Each is made of (features of the network, config.objective, steps).
 
 
 def simclr(D: int, o: Any, steps: int) -> Made:
     head, criterion = modules.SimCLRProjectionHead(D, o.hidden, o.features), losses.NTXentLoss(o.temperature)
-    return [head], lambda net, views, step: criterion(*(head(net(x)) for x in views))
+    return Made([head], lambda net, views, step: criterion(*(head(net(x)) for x in views)))
 
 
 def with_teacher(net: nn.Module, head: nn.Module, held: list[nn.Module], momentum: float) -> Callable:
@@ -91,7 +97,7 @@ def moco(D: int, o: Any, steps: int) -> Made:
         q, k = ([f(x) for x in views] for f in (lambda x: head(net(x)), teacher))
         return (criterion(q[0], k[1]) + criterion(q[1], k[0])) / 2
 
-    return [head], loss
+    return Made([head], loss)
 
 
 def nnclr(D: int, o: Any, steps: int) -> Made:
@@ -104,7 +110,7 @@ def nnclr(D: int, o: Any, steps: int) -> Made:
         p, near = [predictor(x) for x in z], [bank(x.detach(), update=i == 1) for i, x in enumerate(z)]
         return (criterion(near[0], p[1]) + criterion(near[1], p[0])) / 2
 
-    return [head, predictor], loss
+    return Made([head, predictor], loss)
 
 
 def byol(D: int, o: Any, steps: int) -> Made:
@@ -117,7 +123,7 @@ def byol(D: int, o: Any, steps: int) -> Made:
         p, z = [predictor(head(net(x))) for x in views], [teacher(x) for x in views]
         return (criterion(p[0], z[1]) + criterion(p[1], z[0])) / 2
 
-    return [head, predictor], loss
+    return Made([head, predictor], loss)
 
 
 def simsiam(D: int, o: Any, steps: int) -> Made:
@@ -129,13 +135,13 @@ def simsiam(D: int, o: Any, steps: int) -> Made:
         z = [head(net(x)) for x in views]
         return (criterion(predictor(z[0]), z[1].detach()) + criterion(predictor(z[1]), z[0].detach())) / 2
 
-    return [head, predictor], loss
+    return Made([head, predictor], loss)
 
 
 def barlow_twins(D: int, o: Any, steps: int, criterion: nn.Module | None = None) -> Made:
     head = modules.BarlowTwinsProjectionHead(D, o.features, o.features)
     criterion = criterion or losses.BarlowTwinsLoss()
-    return [head], lambda net, views, step: criterion(*(head(net(x)) for x in views))
+    return Made([head], lambda net, views, step: criterion(*(head(net(x)) for x in views)))
 
 
 def vicreg(D: int, o: Any, steps: int) -> Made:
@@ -152,21 +158,61 @@ def swav(D: int, o: Any, steps: int) -> Made:
         scores = [prototypes(nn.functional.normalize(head(net(x))), step) for x in views]
         return criterion(scores[:2], scores[2:])
 
-    return [head, prototypes], loss
+    return Made([head, prototypes], loss)
+
+
+def dino(D: int, o: Any, steps: int) -> Made:
+    head, held = modules.DINOProjectionHead(D, o.hidden, o.bottleneck, o.n_prototypes), []
+    criterion = losses.DINOLoss(o.n_prototypes, *o.teacher_temperature, o.temperature_warmup)
+
+    def loss(net, views, step):
+        teacher = with_teacher(net, head, held, cosine_schedule(step, steps, *o.momentum))
+        head.last_layer.weight_v.requires_grad_(step >= steps // 20)  # its prototypes wait
+        return criterion([teacher(x) for x in views[:2]], [head(net(x)) for x in views], epoch=step)
+
+    return Made([head], loss, lambda net: held[0])
+
+
+def bare(D: int, o: Any, depth: int) -> modules.ProjectionHead:
+    """A projector of `depth` layers whose output is not normed."""
+    sizes = [D, *[o.hidden] * (depth - 1)]
+    return modules.ProjectionHead([*((a, b, nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(sizes)),
+                                   (sizes[-1], o.features, None, None)])
+
+
+def w_mse(D: int, o: Any, steps: int) -> Made:
+    head, criterion = bare(D, o, 2), losses.WMSELoss(o.features, eps=o.shrinkage)
+    return Made([head], lambda net, views, step: criterion(torch.cat([head(net(x)) for x in views])))
+
+
+def lejepa(D: int, o: Any, steps: int) -> Made:
+    head, criterion = bare(D, o, 3), losses.LeJEPALoss(o.weight, sigreg_num_vectors=o.directions)
+
+    def loss(net, views, step):
+        z = [head(net(x)) for x in views]
+        return criterion(global_proj=torch.stack(z[:2]), local_proj=torch.stack(z[2:]))
+
+    return Made([head], loss)
 
 
 METHODS = dict(simclr=simclr, moco=moco, nnclr=nnclr, byol=byol, simsiam=simsiam, barlow_twins=barlow_twins,
-               vicreg=vicreg, swav=swav)
+               vicreg=vicreg, w_mse=w_mse, swav=swav, dino=dino, lejepa=lejepa)
 
 
 def built_of(name: str, steps: int, seed: int) -> experiment.Experiment:
-    conf = runpy.run_path(str(CONFIGS / f"{name}_fashion_mnist.py"))["get_config"]()
+    conf, of_resnet = (runpy.run_path(str(CONFIGS / f"{n}_fashion_mnist.py"))["get_config"]() for n in (name, "simclr"))
+    conf.model = of_resnet.model
+    conf.evals.labelled.test.limit = None
     conf.run.update(steps=steps, seed=seed)
     conf.optim.update(steps=steps, warmup=steps // 20)
     if "steps" in conf.objective:
         conf.objective.steps = steps
     if name == "swav":  # its queue is another's step at lightly
-        conf.objective.queue, conf.optim.freeze_prototypes = 0, steps // 20
+        conf.objective.queue = 0
+    if name == "dino":
+        conf.objective.temperature_warmup = steps // 4
+    if "freeze_prototypes" in conf.optim:
+        conf.optim.freeze_prototypes = steps // 20
     return experiment.build(conf, jax.devices()[:1])
 
 
@@ -210,8 +256,8 @@ def theirs(name: str, built: experiment.Experiment, steps: int) -> dict[str, flo
     conf = built.config
     net = ResNet(conf["model"]["stages"], conf["model"]["width"])
     options = argparse.Namespace(**conf["objective"])
-    beside, loss_of = METHODS[name](net.features, options, steps)
-    parameters = [p for module in (net, *beside) for p in module.parameters()]
+    made = METHODS[name](net.features, options, steps)
+    parameters = [p for module in (net, *made.beside) for p in module.parameters()]
     groups = [dict(params=[p for p in parameters if p.ndim > 1], weight_decay=conf["optim"]["weight_decay"]),
               dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.0)]
     optimizer, views = torch.optim.AdamW(groups), drawn(built, steps)
@@ -219,16 +265,18 @@ def theirs(name: str, built: experiment.Experiment, steps: int) -> dict[str, flo
     for i, batch in enumerate(views):
         for group in optimizer.param_groups:
             group["lr"] = float(built.optimizer.learning_rate(i))
-        loss = loss_of(net, batch, i)
+        loss = made.loss(net, batch, i)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if "clip" in conf["optim"]:
+            nn.utils.clip_grad_norm_(parameters, conf["optim"]["clip"])
         optimizer.step()
     spent = time.process_time() - began
-    net.eval()
+    judged = made.judged(net).eval()
 
     @torch.no_grad()
     def features(images):
-        return net(torch.from_numpy(np.asarray(images, np.float32) / 255).permute(0, 3, 1, 2)).numpy()
+        return judged(torch.from_numpy(np.asarray(images, np.float32) / 255).permute(0, 3, 1, 2)).numpy()
 
     return {"cpu_s": spent} | learnt(features, built)
 
