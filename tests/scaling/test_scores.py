@@ -40,8 +40,9 @@ def test_means_at_the_end(folder, capsys):
 
 
 def test_the_nearest_evaluation_to_a_time(folder, capsys):
-    _, rows, _ = printed(capsys, folder, "--metrics", "knn/accuracy", "--minutes", "1,6")
-    assert rows[0][2:] == ["55.0", "65.0 (1k, 2.2 min)", "75.0 (4k, 8.3 min)"]
+    _, rows, _ = printed(capsys, folder, "--metrics", "knn/accuracy", "--minutes", "2,8,20")
+    assert rows[0][2:] == ["55.0", "65.0 (1k, 2.2 min)", "75.0 (4k, 8.3 min)", "-"]
+    assert rows[1][2:] == ["-", "-", "-", "-"]  # its only one was at 1.0
 
 
 def test_mistakes_are_named(folder, tmp_path, capsys):
