@@ -30,16 +30,19 @@ def make(model: Backbone, info: Info, *, steps: Count, global_view: dict[str, An
          second: dict[str, Any] | None = None, n_local: Natural = 8, n_prototypes: Count = 65536, hidden: Count = 2048,
          bottleneck: Count = 256, student_temperature: Positive = 0.1,
          teacher_temperature: tuple[Positive, Positive] = (0.04, 0.04), temperature_warmup: Natural = 0,
-         momentum: tuple[Share, Share] = (0.996, 1.0), centre_momentum: Share = 0.9) -> Objective:
+         momentum: tuple[Share, Share] = (0.996, 1.0), centre_momentum: Share = 0.9,
+         batch_norm: bool = False) -> Objective:
     """DINO with two global crops and `n_local` local ones.
 
     steps:               over which the teacher's momentum moves along a cosine.
     global_view, local_view: arguments of `views.image.augmentation`. second: what is otherwise in the second global
                          view; the paper blurs the first always, the second seldom, and solarizes it.
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
+    batch_norm:          between the layers of the projector; the paper's code has it for convolutional networks. Class
+                         tokens differ little at first, and without it a short run may end with uniform assignments.
     """
     crops = multi(global_view, second, local_view, n_local)
-    mlp = Projector(hidden, bottleneck, 3, model.dtype, batch_norm=False, activation=nn.gelu)
+    mlp = Projector(hidden, bottleneck, 3, model.dtype, normed=False, batch_norm=batch_norm, activation=nn.gelu)
     tower = Tower(model, {"projector": mlp, "prototypes": Prototypes(n_prototypes, model.dtype)})
     teacher = Teacher(tower, steps, momentum)
 

@@ -18,7 +18,8 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
          patch_weight: Nonnegative = 1.0, koleo_weight: Nonnegative = 0.1, gram_weight: Nonnegative = 0.0,
          gram_from: Natural = 0, gram_every: Count = 10_000, student_temperature: Positive = 0.1,
          teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Natural,
-         iterations: Count = 3, momentum: tuple[Share, Share] = (0.992, 1.0)) -> Objective:
+         iterations: Count = 3, momentum: tuple[Share, Share] = (0.992, 1.0),
+         batch_norm: bool = False) -> Objective:
     """DINOv2, of a vision transformer with a class token; registers, LayerScale and `drop` are the model's.
 
     steps:               over which the teacher's momentum moves along a cosine.
@@ -31,9 +32,10 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
                          then, and every `gram_every` steps after; 2 in DINOv3, from a million steps on.
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
     iterations:          of Sinkhorn's algorithm.
+    batch_norm:          between the layers of the heads' MLPs: see dino.
     """
     check_tokens(model, global_view)
-    heads = {name: Head(hidden, neck, n_prototypes, model.dtype)
+    heads = {name: Head(hidden, neck, n_prototypes, model.dtype, batch_norm)
              for name, neck in (("head", bottleneck), ("patch_head", patch_bottleneck))}
     return masked_distillation(
         TokenTower(model, heads), info, multi(global_view, second, local_view, n_local), by_sinkhorn(iterations),

@@ -16,7 +16,8 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
          mask_probability: Share = 0.5, n_prototypes: Count = 8192, shared_head: bool = True, hidden: Count = 2048,
          bottleneck: Count = 256, patch_weight: Nonnegative = 1.0, student_temperature: Positive = 0.1,
          teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Natural,
-         momentum: tuple[Share, Share] = (0.996, 1.0), centre_momentum: Share = 0.9) -> Objective:
+         momentum: tuple[Share, Share] = (0.996, 1.0), centre_momentum: Share = 0.9,
+         batch_norm: bool = False) -> Objective:
     """iBOT, of a vision transformer with a class token.
 
     steps:               over which the teacher's momentum moves along a cosine.
@@ -26,9 +27,10 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
     shared_head:         the same MLP and prototypes for class token and patches.
     patch_weight:        of the prediction of hidden patches.
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
+    batch_norm:          between the layers of the MLP: see dino.
     """
     check_tokens(model, global_view)
-    head = Head(hidden, bottleneck, n_prototypes, model.dtype)
+    head = Head(hidden, bottleneck, n_prototypes, model.dtype, batch_norm)
     tower = TokenTower(model, {"head": head} if shared_head else {"head": head, "patch_head": head})
     return masked_distillation(
         tower, info, multi(global_view, second, local_view, n_local), by_mean(centre_momentum), steps=steps,

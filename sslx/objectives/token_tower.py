@@ -16,16 +16,18 @@ from sslx.models.vit import VisionTransformer
 
 
 class Head(nn.Module):
-    """The MLP and the prototypes of DINO: logits [..., K]."""
+    """The MLP and the prototypes of DINO: logits [..., K]. batch_norm: between the layers of the MLP."""
 
     hidden: int
     bottleneck: int
     n_prototypes: int
     dtype: Any
+    batch_norm: bool = False
 
     @nn.compact
     def __call__(self, x):
-        mlp = Projector(self.hidden, self.bottleneck, 3, self.dtype, batch_norm=False, activation=nn.gelu)
+        mlp = Projector(self.hidden, self.bottleneck, 3, self.dtype, normed=False, batch_norm=self.batch_norm,
+                        activation=nn.gelu)
         return Prototypes(self.n_prototypes, self.dtype, name="prototypes")(mlp(x, train=True))
 
 
@@ -39,7 +41,10 @@ class Tokens(NamedTuple):
 
 
 class TokenTower(NamedTuple):
-    """A vision transformer with heads "head" for its class token and, if not the same, "patch_head" for its patches."""
+    """A vision transformer with heads "head" for its class token and, if not the same, "patch_head" for its patches.
+
+    Heads have a part in training alone: running statistics of theirs are not kept.
+    """
 
     backbone: VisionTransformer
     heads: Mapping[str, Head]
@@ -64,12 +69,14 @@ class TokenTower(NamedTuple):
         x: Any = self.backbone.apply({"params": params["encoder"]}, images, None, hidden, rngs=rngs)
         cls, patches = x[:, 0], x[:, 1:]
         patch_logits: Any = None
-        logits: Any = self.heads["head"].apply({"params": params["head"]}, cls)
+        logits = self.scored("head", params, cls)
         if ids_NM is not None:
-            name = "patch_head" if "patch_head" in self.heads else "head"
             chosen = jnp.take_along_axis(patches, ids_NM[..., None], 1)
-            patch_logits = self.heads[name].apply({"params": params[name]}, chosen)
+            patch_logits = self.scored("patch_head" if "patch_head" in self.heads else "head", params, chosen)
         return Tokens(cls, patches, logits, patch_logits)
+
+    def scored(self, name, params, x) -> Any:
+        return self.heads[name].apply({"params": params[name]}, x, mutable=["batch_stats"])[0]
 
 
 def check_tokens(model: VisionTransformer, global_view: Mapping[str, Any]) -> None:

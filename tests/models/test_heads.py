@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sslx.models.heads import Projector, Prototypes, unit
+from sslx.objectives.token_tower import Head
 from sslx.sharding import make_mesh
 
 KEY = jax.random.key(0)
@@ -48,3 +49,12 @@ def test_a_projector_without_batch_norm_sees_each_row_by_itself():
     z, variables = projector.init_with_output(KEY, X, train=True)
     assert set(variables) == {"params"} and all("bias" in layer for layer in variables["params"].values())
     np.testing.assert_allclose(projector.apply(variables, X[:2], train=True), z[:2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_head_of_tokens_is_normed_over_all_tokens_of_the_batch_or_sees_each_by_itself(batch_norm):
+    head = Head(hidden=8, bottleneck=4, n_prototypes=5, dtype=jnp.float32, batch_norm=batch_norm)
+    logits, variables = head.init_with_output(KEY, X.reshape(4, 4, 6))
+    flat, half = (head.apply(variables, x, mutable=["batch_stats"])[0] for x in (X, X.reshape(4, 4, 6)[:2]))
+    np.testing.assert_allclose(flat.reshape(4, 4, 5), logits, rtol=1e-5, atol=1e-6)
+    assert np.allclose(half, logits[:2], atol=1e-4) != batch_norm
