@@ -11,7 +11,7 @@ import ml_collections
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     debug, digits = arg == "debug", arg in ("debug", "digits")
-    steps = 24 if debug else 1000
+    steps = 24 if debug else 1050  # 20 minutes of a core
     size = 16 if digits else 28
     images = dict(name="digits") if digits else dict(name="idx", path="fashion-mnist")
     config = ml_collections.ConfigDict()
@@ -22,11 +22,12 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     looks = (dict(flip=0.0, brightness=0.4, contrast=0.4, blur=0.0) if digits else
              dict(flip=0.5, jitter=1.0, brightness=0.8, contrast=0.8, blur=0.5, solarize=0.2))
     view = dict(size=size, scale=(0.3, 1.0), **looks)
-    config.objective = dict(name="moco_v3", steps=steps, view=view, momentum=(0.99, 1.0), temperature=0.2,
+    config.objective = dict(name="moco_v3", steps=steps, view=view, momentum=(0.97, 1.0), temperature=0.2,
                             hidden=32 if debug else 512, features=16 if debug else 128)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
-    config.optim = dict(steps=steps, learning_rate=2e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4)
-    config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 2, save_every=steps // 3)
+    config.optim = dict(steps=steps, learning_rate=5e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4)
+    config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // (2 if debug else 5),
+                      save_every=steps // (3 if debug else 5))
     config.evals = dict(
         batch_size=32 if debug else 500,
         labelled=dict(train=images | dict(split="train") | ({} if digits else dict(limit=10_000)),

@@ -11,7 +11,7 @@ import ml_collections
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     debug, digits = arg == "debug", arg in ("debug", "digits")
-    steps = 24 if debug else 1000
+    steps = 24 if debug else 1200  # 20 minutes of a core
     size = 16 if digits else 28
     images = dict(name="digits") if digits else dict(name="idx", path="fashion-mnist")
     config = ml_collections.ConfigDict()
@@ -24,8 +24,9 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     view = dict(size=size, scale=(0.3, 1.0), **looks)
     config.objective = dict(name="vicreg", view=view, features=32 if debug else 512)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
-    config.optim = dict(steps=steps, learning_rate=2e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4)
-    config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 2, save_every=steps // 3)
+    config.optim = dict(steps=steps, learning_rate=5e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4)
+    config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // (2 if debug else 5),
+                      save_every=steps // (3 if debug else 5))
     config.evals = dict(
         batch_size=32 if debug else 500,
         labelled=dict(train=images | dict(split="train") | ({} if digits else dict(limit=10_000)),

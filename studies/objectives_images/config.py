@@ -11,7 +11,7 @@ import ml_collections
 
 VIEW = dict(flip=0.5, blur=0.0)
 COLOURS = VIEW | dict(brightness=0.4, contrast=0.4)
-# Heads and learning rates are those of configs/<objective>_fashion_mnist.py; so were the views, when these ran.
+# As configs/<objective>_fashion_mnist.py had them when these ran.
 OBJECTIVES = dict(
     mae=dict(view=VIEW | dict(size=28, scale=(0.5, 1.0), jitter=0.0), mask_ratio=0.75, decoder_width=64,
              decoder_depth=1, decoder_heads=4, normalize_target=True),

@@ -162,10 +162,13 @@ def swav(D: int, o: Any, steps: int) -> Made:
 
 
 def dino(D: int, o: Any, steps: int) -> Made:
-    head, held = modules.DINOProjectionHead(D, o.hidden, o.bottleneck, o.n_prototypes), []
+    head, of_teacher = (modules.DINOProjectionHead(D, o.hidden, o.bottleneck, o.n_prototypes) for _ in range(2))
+    of_teacher.load_state_dict(head.state_dict())  # with its weight norm it cannot be copied
+    held: list[nn.Module] = []
     criterion = losses.DINOLoss(o.n_prototypes, *o.teacher_temperature, o.temperature_warmup)
 
     def loss(net, views, step):
+        held.extend([] if held else [copy.deepcopy(net), of_teacher])
         teacher = with_teacher(net, head, held, cosine_schedule(step, steps, *o.momentum))
         head.last_layer.weight_v.requires_grad_(step >= steps // 20)  # its prototypes wait
         return criterion([teacher(x) for x in views[:2]], [head(net(x)) for x in views], epoch=step)
@@ -173,10 +176,10 @@ def dino(D: int, o: Any, steps: int) -> Made:
     return Made([head], loss, lambda net: held[0])
 
 
-def bare(D: int, o: Any, depth: int) -> modules.ProjectionHead:
+def bare(D: int, o: Any, depth: int) -> modules.heads.ProjectionHead:
     """A projector of `depth` layers whose output is not normed."""
     sizes = [D, *[o.hidden] * (depth - 1)]
-    return modules.ProjectionHead([*((a, b, nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(sizes)),
+    return modules.heads.ProjectionHead([*((a, b, nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(sizes)),
                                    (sizes[-1], o.features, None, None)])
 
 
@@ -209,8 +212,6 @@ def built_of(name: str, steps: int, seed: int) -> experiment.Experiment:
         conf.objective.steps = steps
     if name == "swav":  # its queue is another's step at lightly
         conf.objective.queue = 0
-    if name == "dino":
-        conf.objective.temperature_warmup = steps // 4
     if "freeze_prototypes" in conf.optim:
         conf.optim.freeze_prototypes = steps // 20
     return experiment.build(conf, jax.devices()[:1])
