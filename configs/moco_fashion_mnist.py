@@ -25,7 +25,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.objective = dict(name="moco", view=view, queue=64 if debug else 4096, temperature=0.1, momentum=0.99,
                             symmetric=True, hidden=32 if debug else 512, features=16 if debug else 128)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
-    config.optim = dict(steps=steps, learning_rate=5e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4)
+    config.optim = dict(steps=steps, learning_rate=2e-3 if debug else 5e-3, schedule="cosine",
+                        warmup=steps // 20, weight_decay=1e-4)
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // (2 if debug else 5),
                       save_every=steps // (3 if debug else 5))
     config.evals = dict(

@@ -86,7 +86,7 @@ OF_OBJECTIVES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("off_diagonal", "patch_weight", "koleo_weight", "gram_weight"), nonnegative),
     **dict.fromkeys(("rate",), part),
     **dict.fromkeys(("weight", "shrinkage", "centre_momentum", "mask_probability", "replace", "random"), share),
-    **dict.fromkeys(("symmetric", "shared_head", "normalize_target", "whole_word", "locked"), is_bool),
+    **dict.fromkeys(("symmetric", "shared_head", "normalize_target", "whole_word", "locked", "batch_norm"), is_bool),
     "momentum": momenta, "mask_ratio": momenta, "clusters": every(count), "knots": whole(2), "bias": real(),
     "teacher_temperature": pair(lambda a, b: a > 0 and b > 0),
     "weights": lambda v: every(nonnegative)(v) and len(v) == 3,
