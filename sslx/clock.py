@@ -32,13 +32,14 @@ class Clock:
     eval, save  evaluations and pictures; what of saving is not in the background.
     lost      spent on what was done again: after the checkpoint that a resume or a roll-back went on from.
 
-    Every moment is charged to one of them, and so are the joules that `meter` counts; `earlier_j` is NaN if unknown.
+    Every moment is charged to one of them, and so are CPU-seconds, and the joules that `meter` counts: `earlier_j` is
+    NaN if unknown.
     """
 
     def __init__(self, earlier: Mapping[str, float], began: float, meter: Meter | None = None,
-                 earlier_j: float = 0.0):
+                 earlier_j: float = 0.0, earlier_cpu_s: float = 0.0):
         self.spent = {kind: float(earlier.get(kind, 0.0)) for kind in KINDS}
-        self.cpu_spent = dict.fromkeys(KINDS, 0.0)
+        self.cpu_aside, self.earlier_cpu_s = 0.0, earlier_cpu_s
         self.charged, self.charged_cpu = began, 0.0
         self.meter, self.energy_j = meter, earlier_j if meter else math.nan
         self.charged_j = meter() if meter else 0.0
@@ -48,7 +49,7 @@ class Clock:
         """What has passed since the last charge was spent on `kind`."""
         now, cpu = time.monotonic(), time.process_time()
         self.spent[kind] += now - self.charged
-        self.cpu_spent[kind] += cpu - self.charged_cpu
+        self.cpu_aside += cpu - self.charged_cpu if kind in ASIDE else 0.0
         self.charged, self.charged_cpu = now, cpu
         if self.meter:
             joules = self.meter()
@@ -66,8 +67,8 @@ class Clock:
         return sum(self.spent.values()) + time.monotonic() - self.charged
 
     def cpu(self) -> float:
-        """CPU-seconds of this process in starting up and stepping."""
-        return time.process_time() - sum(self.cpu_spent[kind] for kind in ASIDE)
+        """CPU-seconds of the run in starting up and stepping, of several processes at a time this one's."""
+        return self.earlier_cpu_s + time.process_time() - self.cpu_aside
 
     def speed(self, step: int, tokens: int) -> Speed:
         """Over the last 50 steps, from the end of the first, which compiles."""

@@ -31,13 +31,13 @@ class Logger:
 
     A run that is not resumed, at `resume_step`, begins with the `history` of its trunk, if it is a branch.
 
-    earlier: seconds of the run before it was resumed, by what they were spent on (`clock.Clock`). earlier_j: joules,
-    NaN if they are not known.
+    earlier: seconds of the run before it was resumed, by what they were spent on (`clock.Clock`). earlier_cpu_s,
+    earlier_j: CPU-seconds, and joules, NaN if they are not known.
     """
 
     def __init__(self, workdir: pathlib.Path, run: Record, resume_step: int | None, total_steps: int, show: bool,
                  history: Sequence[Record] = ()):
-        self.show, self.earlier, self.earlier_j, self.shown_at = show, {}, 0.0, -1
+        self.show, self.earlier, self.earlier_cpu_s, self.earlier_j, self.shown_at = show, {}, 0.0, 0.0, -1
         self.path, self.run = workdir / "metrics.jsonl", {"kind": "run", "schema_version": SCHEMA_VERSION, **run}
         if not show:
             return
@@ -68,6 +68,7 @@ class Logger:
         happened = [e for e in happened if e["step"] <= step or "lost_s" in e]
         kept = [p for p in points if p["step"] <= step]
         spent = kept[-1].get("spent", {"step": kept[-1].get("wall_s", 0.0)}) if kept else {}
+        self.earlier_cpu_s = kept[-1].get("cpu_s", 0.0) if kept else 0.0
         self.earlier_j = kept[-1].get("energy_j", math.nan) if kept else math.nan
         spent |= {"lost": sum(e.get("lost_s", 0.0) for e in happened)}
         now_s = max((p.get("wall_s", 0.0) for p in points), default=0.0) if wall_s is None else wall_s
@@ -199,7 +200,7 @@ def parse(text: bytes) -> Record:
             wrong = [k for k, value in metrics.items() if value is not None and not is_number(value)]
             spent = record.get("spent") or {}
             times = {"spent": spent} if not isinstance(spent, dict) else spent | {
-                name: record.get(name, 0) for name in ("wall_s", "energy_j")}
+                name: record.get(name, 0) for name in ("wall_s", "cpu_s", "energy_j")}
             wrong += [k for k, value in times.items() if not is_number(value)]
         case ({"kind": "event", "step": int(), "event": "resumed" | "branched" | "collapsed"}
               | {"kind": "event", "step": int(), "event": "skipped", "why": str()}

@@ -176,7 +176,8 @@ def loop(built: Experiment, folder: pathlib.Path, began: float) -> bool:
         show = objective.show and jax.jit(objective.show)
         n_shown = batch_shards(mesh) * math.ceil(N_SHOWN / batch_shards(mesh))
         shown_batch = next(built.batches(0, 1, n_shown))[0]
-        clock, interrupted = Clock(logger.earlier, began, energy.meter(), logger.earlier_j), Interrupt(start)
+        clock = Clock(logger.earlier, began, energy.meter(), logger.earlier_j, logger.earlier_cpu_s)
+        interrupted = Interrupt(start)
         watchdog = Watchdog(options.hang_s, folder / "stacks")
         tokens_seen = state.exact(np.asarray(current.tokens))
 

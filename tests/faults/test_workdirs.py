@@ -143,6 +143,8 @@ def test_time_is_accounted_for_over_a_kill(tmp_path):
     assert sum(last["spent"].values()) == pytest.approx(last["wall_s"], abs=0.2)
     assert last["wall_s"] < killed_s + time.monotonic() - began
     assert last["spent"]["start_up"] > 1 and last["spent"]["compile"] > 0.1
+    after = next(p for p in log.read(tmp_path)[1] if p["step"] > event["step"])
+    assert after["cpu_s"] > saved["cpu_s"] + 1  # at least its start-up
 
 
 def test_keeping(tmp_path):
