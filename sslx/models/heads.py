@@ -41,6 +41,11 @@ class Projector(nn.Module):
         return x_BD
 
 
+def dino_mlp(hidden: int, features: int, dtype: Any, batch_norm: bool) -> Projector:
+    """What DINO has before its prototypes: three layers with GELU, with or without batch norm between them."""
+    return Projector(hidden, features, 3, dtype, normed=False, batch_norm=batch_norm, activation=nn.gelu)
+
+
 class Prototypes(nn.Module):
     """Cosines of a feature with K prototypes, [B, K], K sharded over `tensor`: a last layer with weight norm."""
 

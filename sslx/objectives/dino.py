@@ -5,13 +5,12 @@ N rows of several views, K prototypes.
 
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from sslx.config import Count, Natural, Positive, Share
 from sslx.data import Info
 from sslx.models import Backbone
-from sslx.models.heads import Projector, Prototypes
+from sslx.models.heads import Prototypes, dino_mlp
 from sslx.objectives import Objective
 from sslx.objectives.assignment import centred, swapped_prediction
 from sslx.objectives.crops import multi
@@ -42,7 +41,7 @@ def make(model: Backbone, info: Info, *, steps: Count, global_view: dict[str, An
                          tokens differ little at first, and without it a short run may end with uniform assignments.
     """
     crops = multi(global_view, second, local_view, n_local)
-    mlp = Projector(hidden, bottleneck, 3, model.dtype, normed=False, batch_norm=batch_norm, activation=nn.gelu)
+    mlp = dino_mlp(hidden, bottleneck, model.dtype, batch_norm)
     tower = Tower(model, {"projector": mlp, "prototypes": Prototypes(n_prototypes, model.dtype)})
     teacher = Teacher(tower, steps, momentum)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sslx.config import UserError
-from sslx.models.heads import Projector, Prototypes
+from sslx.models.heads import Prototypes, dino_mlp
 from sslx.models.vit import VisionTransformer
 
 
@@ -26,8 +26,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        mlp = Projector(self.hidden, self.bottleneck, 3, self.dtype, normed=False, batch_norm=self.batch_norm,
-                        activation=nn.gelu)
+        mlp = dino_mlp(self.hidden, self.bottleneck, self.dtype, self.batch_norm)
         return Prototypes(self.n_prototypes, self.dtype, name="prototypes")(mlp(x, train=True))
 
 
