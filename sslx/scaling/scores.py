@@ -46,9 +46,9 @@ def rows(found: dict[str, tuple[Record, list[Record]]], metrics: Sequence[str],
 
 
 def nearest(after: Sequence[Sequence[Record]], cpu_s: float) -> list[Record]:
-    """Of each seed the evaluation nearest to so many CPU-seconds, if there is one near."""
+    """Of each seed the evaluation nearest to so many CPU-seconds; none unless each has one near."""
     points = [min(of_seed, key=lambda p: abs(p["cpu_s"] - cpu_s)) for of_seed in after]
-    return [p for p in points if abs(p["cpu_s"] - cpu_s) <= NEAR * cpu_s]
+    return points if all(abs(p["cpu_s"] - cpu_s) <= NEAR * cpu_s for p in points) else []
 
 
 def scores(points: Sequence[Record], metrics: Sequence[str], suffix: str = "") -> str:

@@ -43,6 +43,8 @@ def test_the_nearest_evaluation_to_a_time(folder, capsys):
     _, rows, _ = printed(capsys, folder, "--metrics", "knn/accuracy", "--minutes", "2,8,20")
     assert rows[0][2:] == ["55.0", "65.0 (1k, 2.2 min)", "75.0 (4k, 8.3 min)", "-"]
     assert rows[1][2:] == ["-", "-", "-", "-"]  # its only one was at 1.0
+    written(folder / "swav_s1", {7: (120.0, {"knn/accuracy": 0.35})})
+    assert printed(capsys, folder, "--metrics", "knn/accuracy", "--minutes", "2")[1][1][3] == "-"  # two seeds or none
 
 
 def test_mistakes_are_named(folder, tmp_path, capsys):
