@@ -19,7 +19,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.model = dict(name="vit", image_size=size, patch=patch, width=width, depth=2 if debug else 4, heads=4,
                         pool="cls", position="learned", norm="rms", bias=False, scan=False, dtype="float32")
-    # Weaker looks leave the brightness of an image as a shortcut: 4 points of kNN less.
+    # Weaker looks leave the brightness of an image as a shortcut: docs/joint_embeddings.md.
     looks = (dict(flip=0.0, brightness=0.4, contrast=0.4, blur=0.0) if digits else
              dict(flip=0.5, jitter=1.0, brightness=0.8, contrast=0.8, blur=0.5, solarize=0.2))
     # The papers' warmer and slower teachers are for runs of epochs: here their assignments would become uniform.

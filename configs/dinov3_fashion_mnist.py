@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.model = dict(name="vit", image_size=size, patch=patch, width=width, depth=2 if debug else 4, heads=4,
                         pool="cls", position="rope", registers=4, mlp="swiglu", layer_scale=1.0,
                         drop=0.25, drop_group=4, norm="rms", bias=False, scan=False, dtype="float32")
-    # Weaker looks leave the brightness of an image as a shortcut: 4 points of kNN less.
+    # Weaker looks leave the brightness of an image as a shortcut: docs/joint_embeddings.md.
     looks = (dict(flip=0.0, brightness=0.4, contrast=0.4, blur=0.0) if digits else
              dict(flip=0.5, jitter=1.0, brightness=0.8, contrast=0.8, blur=0.5, solarize=0.2))
     # The papers' warmer and slower teachers are for runs of epochs: here their assignments would become uniform.
@@ -28,8 +28,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                             local_view=looks | dict(size=small, scale=(0.15, 0.4)), n_local=2,
                             n_prototypes=64 if debug else 1024, hidden=64 if debug else 256,
                             bottleneck=32 if debug else 64, patch_bottleneck=32 if debug else 64,
-                            teacher_temperature=(0.04, 0.04),
-                            temperature_warmup=0, momentum=(0.97, 1.0), batch_norm=True,
+                            teacher_temperature=(0.04, 0.04), temperature_warmup=0, momentum=(0.97, 1.0),
+                            batch_norm=True,
                             gram_weight=1.0, gram_from=steps // 3, gram_every=steps // 6)
     config.data = dict(batch_size=32 if debug else 128, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=3e-3, schedule="cosine", warmup=steps // 10, weight_decay=0.04,

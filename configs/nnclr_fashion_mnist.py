@@ -18,7 +18,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
     config.model = dict(name="resnet", stages=(1,) if debug else (1, 1, 1, 1), width=8 if debug else 32,
                         stem="small_stride2", dtype="float32")
-    # Weaker looks leave the brightness of an image as a shortcut: 4 points of kNN less.
+    # Weaker looks leave the brightness of an image as a shortcut: docs/joint_embeddings.md.
     looks = (dict(flip=0.0, brightness=0.4, contrast=0.4, blur=0.0) if digits else
              dict(flip=0.5, jitter=1.0, brightness=0.8, contrast=0.8, blur=0.5, solarize=0.2))
     view = dict(size=size, scale=(0.3, 1.0), **looks)

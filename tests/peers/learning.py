@@ -180,7 +180,7 @@ def bare(D: int, o: Any, depth: int) -> modules.heads.ProjectionHead:
     """A projector of `depth` layers whose output is not normed."""
     sizes = [D, *[o.hidden] * (depth - 1)]
     return modules.heads.ProjectionHead([*((a, b, nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(sizes)),
-                                   (sizes[-1], o.features, None, None)])
+                                         (sizes[-1], o.features, None, None)])
 
 
 def w_mse(D: int, o: Any, steps: int) -> Made:
