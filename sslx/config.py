@@ -42,6 +42,8 @@ class Only(NamedTuple):
 
 Count = Annotated[int, Only(lambda n: 1 <= n <= LARGEST_INT, "a positive integer below 2**31")]
 Natural = Annotated[int, Only(lambda n: 0 <= n <= LARGEST_INT, "an integer from 0 to below 2**31")]
+# Of a run: one of k times as many steps has k times as many, but for rounding (sslx/scaling/grid.py).
+Steps = Annotated[int, Only(lambda n: 0 <= n <= LARGEST_INT, "a number of steps from 0 to below 2**31")]
 Seed = Annotated[int, Only(lambda n: 0 <= n < 2**32, "an integer from 0 to 2**32 - 1")]
 Positive = Annotated[float, Only(lambda x: x > 0, "a positive number")]
 Nonnegative = Annotated[float, Only(lambda x: x >= 0, "a number of at least 0")]
@@ -128,6 +130,11 @@ def build(folder: str, section: Mapping[str, Any], where: str, **given: Any) -> 
     if "name" not in section:
         raise UserError(f"{where}.name is missing: it names a file of sslx/{folder}")
     return call(load(folder, section["name"]), section, where, **given)
+
+
+def fields(make: Callable[..., Any], hint: Any) -> list[str]:
+    """The arguments of `make` with this annotation."""
+    return [name for name, own in typing.get_type_hints(make, include_extras=True).items() if own == hint]
 
 
 def named(section: Mapping[str, Any]) -> str:

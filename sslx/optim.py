@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sslx.config import Count, Natural, Nonnegative, Only, Positive, Share, UserError
+from sslx.config import Count, Nonnegative, Only, Positive, Share, Steps, UserError
 
 Decay = Annotated[float, Only(lambda b: 0 <= b < 1, "a number from 0 to below 1")]  # of a moving mean
 DECAYED = ("kernel", "embedding", "prototypes", "up", "down")  # not norms, biases, class and mask tokens
@@ -40,10 +40,10 @@ class Optimizer(NamedTuple):
 
 
 def make(*, steps: Count, learning_rate: Positive, optimizer: Literal["adamw", "lion", "sgd", "lars", "lamb"] = "adamw",
-         schedule: Literal["cosine", "wsd", "constant"] = "cosine", warmup: Natural = 0, decay: Natural = 0,
+         schedule: Literal["cosine", "wsd", "constant"] = "cosine", warmup: Steps = 0, decay: Steps = 0,
          final: Share = 0.0, weight_decay: Nonnegative = 0.0,
          final_weight_decay: Nonnegative | None = None, layer_decay: Share = 1.0,
-         freeze_prototypes: Natural = 0, b1: Decay = 0.9, b2: Decay = 0.999,
+         freeze_prototypes: Steps = 0, b1: Decay = 0.9, b2: Decay = 0.999,
          momentum: Decay = 0.9, clip: Positive | None = None, moments: Literal["float32", "bfloat16"] = "float32",
          parameters: Literal["float32", "bfloat16"] = "float32", growth: dict[str, Any] | None = None) -> Optimizer:
     """An optimizer over `steps` steps.

@@ -28,6 +28,8 @@ class Objective(NamedTuple):
     embed:  (params, aux, batch) -> {"image", "text"}: unit vectors [B, D] of the two sides of a pair; None if there
             are no pairs.
     reads:  fields of examples beside the inputs that the loss takes: "label", or "index", the place in the source.
+    of_batch: if the loss of an example depends on the others of its batch, as with negatives: losses of batches of
+            different sizes then do not compare.
     """
 
     init: Callable[[jax.Array, Batch], tuple[Params, Aux]]
@@ -36,6 +38,7 @@ class Objective(NamedTuple):
     show: Callable[[Params, Aux, Batch, jax.Array], dict[str, jax.Array]] | None = None
     reads: tuple[str, ...] = ()
     embed: Callable[[Params, Aux, Batch], dict[str, jax.Array]] | None = None
+    of_batch: bool = False
 
 
 def combine(objectives: Mapping[str, tuple[float, Objective]]) -> Objective:
@@ -60,4 +63,5 @@ def combine(objectives: Mapping[str, tuple[float, Objective]]) -> Objective:
     def encode(params, aux, batch):
         return objectives[first][1].encode(params[first], aux[first], batch)
 
-    return Objective(init, loss, encode, reads=tuple({name for _, o in objectives.values() for name in o.reads}))
+    return Objective(init, loss, encode, reads=tuple({name for _, o in objectives.values() for name in o.reads}),
+                     of_batch=any(o.of_batch for _, o in objectives.values()))

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from sslx.config import Count, Natural, Positive, Share
+from sslx.config import Count, Natural, Positive, Share, Steps
 from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Prototypes, dino_mlp
@@ -28,7 +28,7 @@ def self_distillation(student_VBK, teacher_GBK, centre_K, student_temperature: f
 def make(model: Backbone, info: Info, *, steps: Count, global_view: dict[str, Any], local_view: dict[str, Any],
          second: dict[str, Any] | None = None, n_local: Natural = 8, n_prototypes: Count = 65536, hidden: Count = 2048,
          bottleneck: Count = 256, student_temperature: Positive = 0.1,
-         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.04), temperature_warmup: Natural = 0,
+         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.04), temperature_warmup: Steps = 0,
          momentum: tuple[Share, Share] = (0.996, 1.0), centre_momentum: Share = 0.9,
          batch_norm: bool = False) -> Objective:
     """DINO with two global crops and `n_local` local ones.

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sslx.config import Count, Natural, Nonnegative, Positive, Share
+from sslx.config import Count, Natural, Nonnegative, Positive, Share, Steps
 from sslx.data import Info
 from sslx.models.vit import VisionTransformer
 from sslx.objectives import Objective
@@ -16,8 +16,8 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
          mask_probability: Share = 0.5, n_prototypes: Count = 131072, hidden: Count = 2048, bottleneck: Count = 384,
          patch_bottleneck: Count = 256,
          patch_weight: Nonnegative = 1.0, koleo_weight: Nonnegative = 0.1, gram_weight: Nonnegative = 0.0,
-         gram_from: Natural = 0, gram_every: Count = 10_000, student_temperature: Positive = 0.1,
-         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Natural,
+         gram_from: Steps = 0, gram_every: Count = 10_000, student_temperature: Positive = 0.1,
+         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Steps,
          iterations: Count = 3, momentum: tuple[Share, Share] = (0.992, 1.0),
          batch_norm: bool = False) -> Objective:
     """DINOv2, of a vision transformer with a class token; registers, LayerScale and `drop` are the model's.

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sslx.config import Count, Natural, Nonnegative, Positive, Share
+from sslx.config import Count, Natural, Nonnegative, Positive, Share, Steps
 from sslx.data import Info
 from sslx.models.vit import VisionTransformer
 from sslx.objectives import Objective
@@ -15,7 +15,7 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
          second: dict[str, Any] | None = None, n_local: Natural = 10, mask_ratio: tuple[Share, Share] = (0.1, 0.5),
          mask_probability: Share = 0.5, n_prototypes: Count = 8192, shared_head: bool = True, hidden: Count = 2048,
          bottleneck: Count = 256, patch_weight: Nonnegative = 1.0, student_temperature: Positive = 0.1,
-         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Natural,
+         teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Steps,
          momentum: tuple[Share, Share] = (0.996, 1.0), centre_momentum: Share = 0.9,
          batch_norm: bool = False) -> Objective:
     """iBOT, of a vision transformer with a class token.

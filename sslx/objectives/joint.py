@@ -127,4 +127,5 @@ def objective(tower: Embeds, info: Info, crops: Crops, loss: Callable,
         images = to_float(batch["image"])
         return encode_images(tower.backbone, *judged(params, aux), images, train=False)[0].astype(jnp.float32)
 
-    return Objective(init, measured, encode, lambda params, aux, batch, key: crops.show(key, batch["image"]), reads)
+    return Objective(init, measured, encode, lambda params, aux, batch, key: crops.show(key, batch["image"]), reads,
+                     of_batch=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sslx.config import Count, Natural, Nonnegative, Positive, Share
+from sslx.config import Count, Nonnegative, Positive, Share, Steps
 from sslx.data import Info
 from sslx.models.heads import unit
 from sslx.objectives import Objective
@@ -84,9 +84,9 @@ def gram_anchoring(x_NTD, anchor_NTD):
 def masked_distillation(
     tower: TokenTower, info: Info, crops: Crops, centring: Centring, *, steps: Count, momentum: tuple[Share, Share],
     mask_ratio: tuple[Share, Share], mask_probability: Share, patch_weight: Nonnegative, student_temperature: Positive,
-    teacher_temperature: tuple[Positive, Positive], temperature_warmup: Natural,
+    teacher_temperature: tuple[Positive, Positive], temperature_warmup: Steps,
     koleo_weight: Nonnegative = 0.0, gram_weight: Nonnegative = 0.0,
-    gram_from: Natural = 0, gram_every: Count = 1) -> Objective:
+    gram_from: Steps = 0, gram_every: Count = 1) -> Objective:
     """The objective of iBOT and DINOv2, which say what the options are.
 
     `swapped_prediction` of class tokens over all crops + w_p `masked_prediction` of patches of the large ones

@@ -87,4 +87,4 @@ def objective(model: TwoTowers, info: Info, features: int, view: dict[str, Any] 
     def show(params, aux, batch, key):
         return {"image": look(key, batch["image"]), "caption": batch["tokens"]}
 
-    return Objective(init, measured, encode, show, embed=embed)
+    return Objective(init, measured, encode, show, embed=embed, of_batch=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sslx.config import Count, Natural, Positive
+from sslx.config import Count, Natural, Positive, Steps
 from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Projector, Prototypes, unit
@@ -22,7 +22,7 @@ from sslx.objectives.joint import Tower, embedded, objective
 def make(model: Backbone, info: Info, *, global_view: dict[str, Any], local_view: dict[str, Any],
          second: dict[str, Any] | None = None, n_local: Natural = 6, n_prototypes: Count = 3000, hidden: Count = 2048,
          features: Count = 128, temperature: Positive = 0.1, assignment_temperature: Positive = 0.05,
-         iterations: Count = 3, queue: Natural = 0, queue_from: Natural = 0) -> Objective:
+         iterations: Count = 3, queue: Natural = 0, queue_from: Steps = 0) -> Objective:
     """SwAV with two global crops, which are assigned, and `n_local` local ones.
 
     global_view, local_view: arguments of `views.image.augmentation`. second: what is otherwise in the second global

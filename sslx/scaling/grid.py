@@ -12,13 +12,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from sslx import aot, config, experiment, flops, train, workdir
-from sslx.config import UserError, changed
+from sslx import aot, config, experiment, flops, optim, train
+from sslx.config import Steps, UserError, changed
 from sslx.objectives.image import grid_patches
 from sslx.scaling import steplaw
 
-# What a config counts in steps: every run has the same share of its own.
-SHARES = ("optim.warmup", "optim.decay", "objective.temperature_warmup", "optim.freeze_prototypes")
 DECAY = 0.2  # share of a branch, if the config has none (Hägele et al. 2024)
 FEWEST_STEPS = 10
 SAVES = 10   # of a run
@@ -251,9 +249,10 @@ def in_steps(study: Study, n: int) -> Changes:
 
 
 def lasting(study: Study, n: int) -> Changes:
-    """What a run of `n` steps sets: shares of the config's run.steps."""
-    ends = {name: n for name in ("run.steps", "optim.steps")}
-    if "steps" in study.sections["objective"]:
-        ends["objective.steps"] = n
-    flat = workdir.flat(study.sections)
-    return ends | {name: round(flat[name] * n / study.run.steps) for name in SHARES if flat.get(name) is not None}
+    """What a run of `n` steps sets: of all that its config counts in steps the same share of its own."""
+    objective = study.sections["objective"]
+    schedules = {"objective": config.load("objectives", objective["name"]), "optim": optim.make}
+    ends = {"run.steps": n} | {f"{section}.steps": n for section in schedules if "steps" in study.sections[section]}
+    return ends | {f"{section}.{name}": round(study.sections[section][name] * n / study.run.steps)
+                   for section, make in schedules.items() for name in config.fields(make, Steps)
+                   if name in study.sections[section]}

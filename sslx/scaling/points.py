@@ -1,5 +1,6 @@
 """Points of scaling laws: what finished runs, or the rows of a table, say of size, data, compute and loss."""
 
+import contextlib
 import csv
 import json
 import math
@@ -10,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sslx import log
-from sslx.config import UserError, nearest
+from sslx import config, log
+from sslx.config import Steps, UserError, nearest
 from sslx.scaling.forms import Array, Inputs
 
 APART = math.log(1.2)  # budgets are at least this far apart in ln C
@@ -20,7 +21,8 @@ POINTS = 3             # that a budget has, on average
 BINS = 8
 COPYING, COPIES = "copying/gain", 0.05  # nats per token
 LARGEST_LOSS, SMALLEST_COUNT = 1e3, 1e3
-OF_THE_RUN = ("name", "steps", "temperature_warmup", "freeze_prototypes", "sample_length")  # steps: of its length
+# Of its length, or of no matter for the loss; freeze_prototypes was an objective's field once.
+OF_THE_RUN = ("name", "steps", "sample_length", "freeze_prototypes")
 ROLES = dict(n="parameters N", d="units seen D", c="FLOPs C", loss="the loss or metric", unique="units that are unique",
              weight="the weight of a row")
 
@@ -190,9 +192,12 @@ def of_copying(gains: Mapping[str, float | None]) -> tuple[str, ...]:
 
 def kind(run: Mapping[str, Any]) -> str:
     """What two runs must have in common for their losses to be comparable: objective with its settings, and data."""
-    section = {k: v for k, v in run["config"]["objective"].items() if k not in OF_THE_RUN}
-    contrastive = f" batch {run['batch_size']}" if run["objective"] == "simclr" else ""  # as many negatives
-    return f"{run['objective']} {section}{contrastive} on {run['dataset']}"
+    lasting: list[str] = []
+    with contextlib.suppress(UserError):  # it may be another version's
+        lasting = config.fields(config.load("objectives", run["objective"]), Steps)
+    section = {k: v for k, v in run["config"]["objective"].items() if k not in (*OF_THE_RUN, *lasting)}
+    batch = f" batch {run['batch_size']}" if run.get("loss_of_batch") else ""
+    return f"{run['objective']} {section}{batch} on {run['dataset']}"
 
 
 def checked(values: dict[str, Array], runs: Array | None, metric: str, where: str,

@@ -115,13 +115,23 @@ def test_the_plan_counts_what_the_runs_spend(config, tmp_path):
 
 
 def test_what_the_config_counts_in_steps_keeps_its_share(tmp_path):
-    """DINO's own schedules too."""
-    dino = planned(f"{command.CONFIGS}/dino_fashion_mnist.py:debug", tmp_path, "--sizes=32x1x2", "--budgets=1e11")
+    """Objectives' own schedules too: whatever field is of Steps."""
+    dino = planned(f"{command.CONFIGS}/dino_fashion_mnist.py:debug", tmp_path, "--sizes=32x1x2", "--budgets=1e11",
+                   "--config.objective.temperature_warmup=6")
     [p] = dino.values()
     assert p.changes["objective.steps"] == p.changes["optim.steps"] == p.changes["run.steps"] == p.steps
     assert p.changes["optim.warmup"] == round(2 / 24 * p.steps)
     assert p.changes["objective.temperature_warmup"] == round(6 / 24 * p.steps)
-    assert p.changes["optim.learning_rate"] == 1e-3 and p.changes["model.heads"] == 2  # Step Law is of text
+    assert p.changes["optim.freeze_prototypes"] == round(1 / 24 * p.steps)
+    assert p.changes["optim.learning_rate"] == 3e-3 and p.changes["model.heads"] == 2  # Step Law is of text
+
+
+def test_a_queue_begins_at_the_same_share(tmp_path):
+    swav = planned(f"{command.CONFIGS}/swav_fashion_mnist.py:debug", tmp_path, "--sizes=model.width=8;model.width=16",
+                   "--budgets=3e10")
+    assert len({p.steps for p in swav.values()}) == 2
+    for p in swav.values():
+        assert p.changes["objective.queue_from"] == round(2 / 24 * p.steps)
 
 
 def test_branches_share_what_a_trunk_has_done_and_decay_where_they_branch(config, tmp_path):
