@@ -1,15 +1,17 @@
 """Convolutions as each platform does them well.
 
-XLA's CPU backend is slow at two of them: where the output is smaller than the kernel, and at the gradient of a kernel.
-Both are products with image patches there, the second of so few images at a time that their patches stay in a cache.
+XLA's CPU backend is slow where the output is smaller than the kernel, and at the gradient of a kernel. There they are
+products with image patches, or with whole images where each output sees all of the input; the gradient of so few images
+at a time that what it multiplies stays in a cache.
 
-B batch, H W positions, C channels, P = k k C elements of a patch, O output channels.
+B batch, H W positions, C channels, P = k k C elements of a patch, R = k C of its row, O output channels.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sslx import flops
@@ -21,7 +23,10 @@ CACHED = 1 << 20  # bytes of patches that are made at a time
 
 def convolve(x_BHWC, w_KKCO, stride: int):
     """A convolution [B, H', W', O] with a square kernel, of images padded by half of it."""
-    return on_cpu(x_BHWC, w_KKCO, stride) if platform() == "cpu" else direct(x_BHWC, w_KKCO, stride)
+    if platform() != "cpu":
+        return direct(x_BHWC, w_KKCO, stride)
+    seen = len(w_KKCO) // 2 + 1  # inputs along a side that all its outputs see
+    return (whole if stride == 1 and max(x_BHWC.shape[1:3]) <= seen else on_cpu)(x_BHWC, w_KKCO, stride)
 
 
 def direct(x_BHWC, w_KKCO, stride: int):
@@ -29,6 +34,16 @@ def direct(x_BHWC, w_KKCO, stride: int):
     pad = len(w_KKCO) // 2
     return jax.lax.conv_general_dilated(x_BHWC, w_KKCO, (stride, stride), [(pad, pad)] * 2,
                                         dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def whole(x_BHWC, w_KKCO, stride: int):
+    """The convolution of images no larger than what each output sees, as a product with whole images."""
+    B, H, W, C = x_BHWC.shape
+    k, *_, features = w_KKCO.shape
+    tap_HH, tap_WW = (k // 2 + np.subtract.outer(range(n), range(n)) for n in (H, W))  # from an input to an output
+    w_HWHWCO = w_KKCO[tap_HH[:, None, :, None], tap_WW[None, :, None, :]]
+    matrix = w_HWHWCO.transpose(0, 1, 4, 2, 3, 5).reshape(H * W * C, H * W * features)
+    return (x_BHWC.reshape(B, -1) @ matrix).reshape(B, H, W, features)
 
 
 def of_patches(x_BHWC, w_KKCO, stride: int):
@@ -66,10 +81,12 @@ def kernel_gradient(x_BHWC, d_BHWO, shape: tuple[int, ...], stride: int):
 
         def add(total, part):
             x, d = part
-            # Without the barrier the patches are made inside the product, transposed.
-            seen = jax.lax.optimization_barrier(patches(x, k, stride))
+            # Without the barrier they are made inside the products, transposed.
+            across_BHWR = jax.lax.optimization_barrier(taps(padded(x, k), 2, cols, k, stride))
             with needed(x.shape, k, stride):
-                return total + jnp.einsum("bhwp,bhwo->op", seen, d, preferred_element_type=jnp.float32), None
+                made = [jnp.einsum("bhwr,bhwo->or", of_row, d, preferred_element_type=jnp.float32)
+                        for of_row in shifted(across_BHWR, 1, rows, k, stride)]
+            return total + jnp.concatenate(made, 1), None
 
         parts = tuple(y.reshape(-1, n, *y.shape[1:]) for y in (x, d))
         return jax.lax.scan(add, jnp.zeros((features, k * k * C)), parts)[0]
@@ -88,10 +105,22 @@ def images_at_a_time(images: int, size: int) -> int:
 
 def patches(x_BHWC, k: int, stride: int):
     """What each output position sees, [B, H', W', P]."""
-    pad, (rows, cols) = k // 2, (extent(n, k, stride) for n in x_BHWC.shape[1:3])
-    x = jnp.pad(x_BHWC, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    return jnp.concatenate([x[:, i:i + stride * (rows - 1) + 1:stride, j:j + stride * (cols - 1) + 1:stride]
-                            for i in range(k) for j in range(k)], -1)
+    rows, cols = (extent(n, k, stride) for n in x_BHWC.shape[1:3])
+    return taps(taps(padded(x_BHWC, k), 2, cols, k, stride), 1, rows, k, stride)
+
+
+def padded(x_BHWC, k: int):
+    return jnp.pad(x_BHWC, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+
+
+def taps(x, axis: int, outputs: int, k: int, stride: int):
+    """What so many outputs along an axis see, side by side in the channels."""
+    return jnp.concatenate(shifted(x, axis, outputs, k, stride), -1)
+
+
+def shifted(x, axis: int, outputs: int, k: int, stride: int):
+    """What so many outputs along an axis see by each of k taps."""
+    return [jax.lax.slice_in_dim(x, i, i + stride * (outputs - 1) + 1, stride, axis) for i in range(k)]
 
 
 def extent(n: int, k: int, stride: int) -> int:
