@@ -1,9 +1,9 @@
 """python -m sslx.scaling.scores RUNS... [--metrics knn/accuracy,probe/accuracy,rankme] [--minutes 4,8,20]
 
 Evaluations of the runs below some folders as a table in Markdown, with those of random weights: accuracies in per cent,
-examples seen, CPU-minutes. A column is the evaluation nearest to so many CPU-minutes (cpu_s of the log), at most a
-quarter from them; by default the last. Runs whose names differ in their seed alone, as in byol_s0 and byol_s1, are one
-row of means.
+examples seen, CPU-minutes. A column is the last evaluation within so many CPU-minutes (cpu_s of the log; a twentieth
+more counts); by default the last of all. Runs whose names differ in their seed alone, as in byol_s0 and byol_s1, are
+one row of means.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from sslx.report import number
 from sslx.scaling.grid import numbers
 from sslx.scaling.study import logs
 
-NEAR = 0.25  # of the minutes that are asked for
+LATER = 0.05  # than the minutes that are asked for
 PERCENT = re.compile(r"accuracy$|_at_\d+$")
 
 
@@ -38,17 +38,17 @@ def rows(found: dict[str, tuple[Record, list[Record]]], metrics: Sequence[str],
         after = [[p for p in points if p["step"]] for _, points in of_seeds]
         if not all(after):
             raise UserError(f"{name} has no evaluation after its first step: it has nothing to compare")
-        columns = [nearest(after, 60 * m) for m in minutes] or [[p[-1] for p in after]]
+        columns = [within(after, 60 * m) for m in minutes] or [[p[-1] for p in after]]
         cells = [scores(start, metrics, "@random_init"),
                  *(f"{scores(points, metrics)} ({seen(points)})" if points else "-" for points in columns)]
         table.append([f"{name}, {len(of_seeds)} seeds" if len(of_seeds) > 1 else name, number(flops, 3), *cells])
     return table
 
 
-def nearest(after: Sequence[Sequence[Record]], cpu_s: float) -> list[Record]:
-    """Of each seed the evaluation nearest to so many CPU-seconds; none unless each has one near."""
-    points = [min(of_seed, key=lambda p: abs(p["cpu_s"] - cpu_s)) for of_seed in after]
-    return points if all(abs(p["cpu_s"] - cpu_s) <= NEAR * cpu_s for p in points) else []
+def within(after: Sequence[Sequence[Record]], cpu_s: float) -> list[Record]:
+    """Of each seed the last evaluation within so many CPU-seconds; none unless each has one."""
+    points = [[p for p in of_seed if p["cpu_s"] <= (1 + LATER) * cpu_s] for of_seed in after]
+    return [of_seed[-1] for of_seed in points] if all(points) else []
 
 
 def scores(points: Sequence[Record], metrics: Sequence[str], suffix: str = "") -> str:
