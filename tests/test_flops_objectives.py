@@ -121,14 +121,17 @@ def mae(model, objective, side):
 
 
 def conv(rows, side, stride, channels, features, need=trained):
-    """A 3x3 convolution. Padding is no work; products with patches hold it: the gradient of the kernel is one, and all
-    are where the output is smaller than the kernel.
+    """A 3x3 convolution. Padding is no work, but the gradient of the kernel holds that of columns, and where the output
+    is smaller than the kernel all products hold that of patches; none does of images that each output sees whole.
     """
     out = -(-side // stride)
-    taps = sum(0 <= stride * o + k - 1 < side for o in range(out) for k in range(3))**2
-    held, pairs = 9 * out**2 - taps, rows * channels * features
-    extra = (forward_only if out >= 3 else need)(pairs * held)
-    return Need(need(pairs * taps).model, extra.model, again_full=2 * pairs * (taps if out >= 3 else taps + held))
+    taps = sum(0 <= stride * o + k - 1 < side for o in range(out) for k in range(3))
+    whole, small, pairs = stride == 1 and side <= 2, out < 3, rows * channels * features
+    of_kernel = 0 if whole else taps * (3 * out - taps)
+    of_forward = 9 * out**2 - taps**2 if small and not whole else 0
+    model = need(pairs * taps**2).model
+    forwards = model // (2 * pairs * taps**2) - 1  # and the gradient of what is no data
+    return Need(model, 2 * pairs * (of_kernel + forwards * of_forward), again_full=2 * pairs * (taps**2 + of_forward))
 
 
 def simclr(model, objective, side):
