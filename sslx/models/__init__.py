@@ -13,7 +13,10 @@ from sslx.config import Count, UserError
 
 
 class Backbone(nn.Module):
-    """A network of images, which offers `encode(images [B, H, W, C], train=...) -> [B, D]`."""
+    """A network of images, which offers `encode(images [B, H, W, C], train=...) -> [B, D]`.
+
+    And, if it sees where things are, `maps(images, train=...) -> [B, h, w, D]`: features of a grid of places.
+    """
 
     modality = "image"
 

@@ -65,8 +65,16 @@ class ConvNeXt(Backbone):
     dtype: Any
     base: StagesBase
 
-    @nn.compact
+    def setup(self):
+        self.norm = Norm()
+
     def __call__(self, images_BHWC):
+        return self.norm(self.maps(images_BHWC).mean((1, 2), dtype=jnp.float32))
+
+    @nn.compact
+    def maps(self, images_BHWC, *, train: bool = False):
+        """The last stage, [B, h, w, D]."""
+        del train
         x, body = normalize(images_BHWC).astype(self.dtype), lambda block, x: block(x)
         if self.remat == "full":
             body = nn.remat(body)
@@ -79,7 +87,7 @@ class ConvNeXt(Backbone):
             for j in range(n_blocks):
                 options = (self.layer_scale, (n_blocks, self.base.stages[i]), self.dtype)
                 x = body(Mixing(*options, name=f"stage{i}_{j}"), x)
-        return Norm(name="norm")(x.mean((1, 2), dtype=jnp.float32))
+        return x
 
     def encode(self, images_BHWC, *, train: bool = False):
         """The features of images: what a `Backbone` offers (`train` matters to networks with batch statistics)."""

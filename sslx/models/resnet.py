@@ -69,8 +69,12 @@ class ResNet(Backbone):
     dtype: Any
     base: StagesBase
 
-    @nn.compact
     def __call__(self, images_BHWC, train: bool):
+        return self.maps(images_BHWC, train=train).mean((1, 2), dtype=jnp.float32)
+
+    @nn.compact
+    def maps(self, images_BHWC, *, train: bool = False):
+        """The last stage, [B, h, w, D]."""
         def root(self, images_BHWC):
             x = normalize(images_BHWC).astype(self.dtype)
             kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "small_stride2": (3, 2)}[self.stem]
@@ -89,7 +93,7 @@ class ResNet(Backbone):
                 stride = 2 if i and not j else 1
                 options = (self.width * 2**i, stride, self.bottleneck, (n_blocks, self.base.stages[i]), self.dtype)
                 x = body(Residual(*options, name=f"stage{i}_{j}"), x)
-        return x.mean((1, 2), dtype=jnp.float32)
+        return x
 
     def encode(self, images_BHWC, *, train: bool = False):
         """The features of images: what a `Backbone` offers."""

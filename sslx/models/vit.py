@@ -110,6 +110,12 @@ class VisionTransformer(Backbone):
         del train
         return self.features(self(images_BHWC))
 
+    def maps(self, images_BHWC, *, train: bool = False):
+        """The patches, [B, h, w, D]."""
+        del train
+        rows, cols = (side // self.patch for side in images_BHWC.shape[1:3])
+        return self(images_BHWC)[:, -rows * cols:].reshape(-1, rows, cols, self.width)
+
 
 def make(*, image_size: Count, patch: Count, width: Count, depth: Count, heads: Count, hidden: Count | None = None,
          pool: Literal["cls", "mean"] = "cls", position: Literal["learned", "sincos", "rope"] = "learned",

@@ -12,7 +12,7 @@ from sslx import config
 from sslx.config import UserError
 from sslx.objectives import Batch
 from sslx.views import separate
-from sslx.views.image import View, augmentation, multi_crop, to_float
+from sslx.views.image import View, augmentation, crop_keys, multi_crop, to_float
 
 SHOWN = 4  # small crops in the report
 
@@ -27,6 +27,11 @@ class Crops(NamedTuple):
     def __call__(self, key, images_BHWC):
         """([B V, S, S, C], [B n_small, s, s, C]), the second None if there are none."""
         return multi_crop(key, images_BHWC, self.large, self.small, self.n_small)
+
+    def where(self, key, images_BHWC):
+        """The boxes of the large crops that this key draws, of each kind [B]."""
+        keys, _ = crop_keys(key, len(self.large), 0 if self.small is None else self.n_small)
+        return [view.where(k, images_BHWC) for k, view in zip(keys, self.large, strict=True)]
 
     def show(self, key, images_BHWC):
         """{caption: images} for the report."""
@@ -54,12 +59,16 @@ def pair(view: dict[str, Any], second: dict[str, Any] | None, name: str = "view"
 
 
 class Drawn(NamedTuple):
-    """What a loss sees of a batch: its large crops [B V, S, S, C], its small ones or None, itself, and a key."""
+    """What a loss sees of a batch: its large crops [B V, S, S, C], its small ones or None, itself, and a key.
+
+    crops: the key that has drawn the crops.
+    """
 
     large: jax.Array
     small: jax.Array | None
     batch: Batch
     key: jax.Array
+    crops: jax.Array
 
 
 def multi(global_view: dict[str, Any], second: dict[str, Any] | None, local_view: dict[str, Any],

@@ -34,17 +34,18 @@ class Embeds(Protocol):
 class Tower(NamedTuple):
     """A backbone, which is "encoder", and heads by name, each on what is before it: `head(x_ND, train=True)`.
 
-    Parameters and batch statistics are {name: those of the part}.
+    Parameters and batch statistics are {name: those of the part}. `method`: of the backbone.
     """
 
     backbone: Backbone
     heads: Mapping[str, nn.Module]
+    method: str = "encode"
 
     @property
     def parts(self) -> list[tuple[str, nn.Module, dict[str, Any]]]:
         """(name, module, options of a call)."""
         heads = [(name, head, {"train": True}) for name, head in self.heads.items()]
-        return [("encoder", self.backbone, {"train": True, "method": "encode"}), *heads]
+        return [("encoder", self.backbone, {"train": True, "method": self.method}), *heads]
 
     def of(self, larger):
         """The share of this tower in the parameters or statistics of one with more heads."""
@@ -83,13 +84,13 @@ def embedded(tower: Tower, params, stats, crops: Crops, drawn: Drawn):
 
 
 def products(a_BD, b_BE):
-    """a^T b, float32 [D, E]: sums over the global batch, whole on every device."""
-    return jnp.einsum("bd,be->de", a_BD, b_BE, precision="highest", out_sharding=jax.sharding.PartitionSpec())
+    """a^T b, float32 [D, E]: sums over the global batch, whole on every device; of [B, M, D] each m by itself."""
+    return jnp.einsum("b...d,b...e->...de", a_BD, b_BE, precision="highest", out_sharding=jax.sharding.PartitionSpec())
 
 
 def off_diagonal_squares(c_DD):
-    """sum_{i != j} c_ij^2"""
-    return jnp.square(c_DD).sum() - jnp.square(jnp.diagonal(c_DD)).sum()
+    """sum_{i != j} c_ij^2, of all matrices [..., D, D]."""
+    return jnp.square(c_DD).sum() - jnp.square(jnp.diagonal(c_DD, axis1=-2, axis2=-1)).sum()
 
 
 def mean_cosine(a_BD, b_BD):
@@ -116,11 +117,11 @@ def objective(tower: Embeds, info: Info, crops: Crops, loss: Callable,
         key_view, key_tower, key_aux = jax.random.split(key, 3)
         first = crops.large[0](key_view, batch["image"])
         params, stats = tower.init(key_tower, first)
-        return params, begin(params, stats, Drawn(first, None, batch, key_aux))
+        return params, begin(params, stats, Drawn(first, None, batch, key_aux, key_view))
 
     def measured(params, aux, batch, key):
         key_crops, key_loss = jax.random.split(key)
-        value, aux = loss(params, aux, Drawn(*crops(key_crops, batch["image"]), batch, key_loss))
+        value, aux = loss(params, aux, Drawn(*crops(key_crops, batch["image"]), batch, key_loss, key_crops))
         return value, (aux, {"loss": value, "tokens": jnp.int32(len(batch["image"]) * patches)})
 
     def encode(params, aux, batch):

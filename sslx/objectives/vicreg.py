@@ -26,15 +26,14 @@ def invariance(a_BD, b_BD):
 
 
 def variance(x_BD):
-    """mean_d max(0, 1 - sqrt(Var x_d + 1e-4)), the variance over the global batch."""
+    """mean_d max(0, 1 - sqrt(Var x_d + 1e-4)), the variance over the global batch; of [B, M, D] the mean over m."""
     return jax.nn.relu(1 - jnp.sqrt(x_BD.var(0, ddof=1) + 1e-4)).mean()
 
 
 def covariance(x_BD):
-    """sum_{i != j} Cov(x_i, x_j)^2 / D over the global batch."""
-    B, D = x_BD.shape
-    x_BD = x_BD - x_BD.mean(0)
-    return off_diagonal_squares(products(x_BD, x_BD) / (B - 1)) / D
+    """sum_{i != j} Cov(x_i, x_j)^2 / D over the global batch; of [B, M, D] the mean over m."""
+    B, x_BD = len(x_BD), x_BD - x_BD.mean(0)
+    return off_diagonal_squares(products(x_BD, x_BD) / (B - 1)) * B / x_BD.size
 
 
 def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str, Any] | None = None,

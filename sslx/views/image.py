@@ -17,8 +17,6 @@ import numpy as np
 from sslx import views
 from sslx.config import Count, Nonnegative, Only, Share, UserError
 
-View = Callable[[jax.Array, jax.Array], jax.Array]
-
 Areas = Annotated[tuple[float, float], Only(lambda s: 0 < s[0] <= s[1] <= 1, "two areas, 0 < least <= greatest <= 1")]
 Interval = Annotated[tuple[float, float], Only(lambda r: 0 < r[0] <= r[1], "two positive numbers, the least first")]
 Hue = Annotated[float, Only(lambda d: 0 <= d <= 0.5, "a shift from 0 to 0.5 turns")]
@@ -48,6 +46,28 @@ class Draw(NamedTuple):
     solarize: jax.Array
 
 
+class Box(NamedTuple):
+    """Where crops lie in their images, float32 [B] in pixels, and which of them are flipped left to right."""
+
+    top: jax.Array
+    left: jax.Array
+    height: jax.Array
+    width: jax.Array
+    flipped: jax.Array
+
+
+class View(NamedTuple):
+    """make:  (key, images [B, H, W, C]) -> views [B, S, S, C].
+    where: (key, images) -> the `Box` of each.
+    """
+
+    make: Callable[[jax.Array, jax.Array], jax.Array]
+    where: Callable[[jax.Array, jax.Array], Box]
+
+    def __call__(self, key, images_BHWC):
+        return self.make(key, images_BHWC)
+
+
 def augmentation(*, size: Count, scale: Areas = (0.2, 1.0), ratio: Interval = (3 / 4, 4 / 3), flip: Share = 0.5,
                  jitter: Share = 0.8, brightness: Nonnegative = 0.8, contrast: Nonnegative = 0.8,
                  saturation: Nonnegative = 0.8, hue: Hue = 0.2, grayscale: Share = 0.2, blur: Share = 0.5,
@@ -68,12 +88,14 @@ def augmentation(*, size: Count, scale: Areas = (0.2, 1.0), ratio: Interval = (3
     blur_sigma: uniform, in pixels of the view.
     """
 
+    def placed(u, images_BHWC):
+        return Box(*crop_boxes(u, *images_BHWC.shape[1:3], scale, ratio), u.flip < flip)
+
     def view(key, images_BHWC):
         u = draw(key, len(images_BHWC))
-        _, height, width, _ = images_BHWC.shape
-        top_B, left_B, height_B, width_B = crop_boxes(u, height, width, scale, ratio)
-        rows_BSH = resize_matrix(top_B, height_B, height, size)
-        cols_BSW = resize_matrix(left_B, width_B, width, size, flipped_B=u.flip < flip)
+        box, (_, height, width, _) = placed(u, images_BHWC), images_BHWC.shape
+        rows_BSH = resize_matrix(box.top, box.height, height, size)
+        cols_BSW = resize_matrix(box.left, box.width, width, size, box.flipped)
         if blur:
             # So narrow a Gaussian is the identity matrix, exactly.
             sigma_B = jnp.where(u.blur < blur, between(u.sigma, *blur_sigma), 1e-3)
@@ -89,17 +111,12 @@ def augmentation(*, size: Count, scale: Areas = (0.2, 1.0), ratio: Interval = (3
             x_BCSS = solarized(x_BCSS, jnp.where(u.solarize < solarize, 0.5, jnp.inf))
         return x_BCSS.transpose(0, 2, 3, 1)
 
-    return view
+    return View(view, lambda key, images_BHWC: placed(draw(key, len(images_BHWC)), images_BHWC))
 
 
 def augment(key: jax.Array, images_BHWC: jax.Array, **options) -> jax.Array:
     """One view of a batch, float32 [B, size, size, C]; the options are those of `augmentation`."""
     return augmentation(**options)(key, images_BHWC)
-
-
-def multi_view(key: jax.Array, images_BHWC: jax.Array, kinds: Sequence[View]) -> jax.Array:
-    """Views of one size, interleaved: row b V + v of [B V, S, S, C] is view v of image b."""
-    return views.interleave([view(jax.random.fold_in(key, v), images_BHWC) for v, view in enumerate(kinds)])
 
 
 def multi_crop(key: jax.Array, images_BHWC: jax.Array, global_: Sequence[View], local: View | None,
@@ -109,10 +126,27 @@ def multi_crop(key: jax.Array, images_BHWC: jax.Array, global_: Sequence[View], 
     `global_` holds one view per global crop (they may differ, as in BYOL and DINO); all local crops are
     draws of `local`, None if there are none.
     """
-    if local is None or not n_local:
-        return multi_view(key, images_BHWC, global_), None
-    key_global, key_local = jax.random.split(key)
-    return multi_view(key_global, images_BHWC, global_), local(key_local, views.interleave([images_BHWC] * n_local))
+    keys, key_local = crop_keys(key, len(global_), 0 if local is None else n_local)
+    made = views.interleave([view(k, images_BHWC) for k, view in zip(keys, global_, strict=True)])
+    if local is None or key_local is None:
+        return made, None
+    return made, local(key_local, views.interleave([images_BHWC] * n_local))
+
+
+def crop_keys(key: jax.Array, n_global: int, n_local: int) -> tuple[list[jax.Array], jax.Array | None]:
+    """The keys of global crops, and that of all local ones, None if there are none."""
+    key_global, key_local = jax.random.split(key) if n_local else (key, None)
+    return [jax.random.fold_in(key_global, v) for v in range(n_global)], key_local
+
+
+def centres(box: Box, rows: int, cols: int) -> jax.Array:
+    """Where the centres of a grid of cells over a crop lie in its image, (row, column) in pixels [B, rows, cols, 2]."""
+    down_R, across_C = ((np.arange(n, dtype=np.float32) + 0.5) / n for n in (rows, cols))
+    across_BC = jnp.where(box.flipped[:, None], 1 - across_C, across_C)
+    row_BR = box.top[:, None] + down_R * box.height[:, None]
+    col_BC = box.left[:, None] + across_BC * box.width[:, None]
+    shape = (len(row_BR), rows, cols)
+    return jnp.stack([jnp.broadcast_to(row_BR[:, :, None], shape), jnp.broadcast_to(col_BC[:, None], shape)], -1)
 
 
 def draw(key: jax.Array, batch: int) -> Draw:

@@ -28,6 +28,7 @@ from sslx.objectives.simclr import nt_xent
 from sslx.objectives.simsiam import negative_cosine
 from sslx.objectives.sup_con import supervised_contrast
 from sslx.objectives.vicreg import covariance, invariance, variance
+from sslx.objectives.vicregl import local_criterion
 from sslx.objectives.w_mse import whitened
 from sslx.sharding import batch_sharding, make_mesh
 
@@ -232,6 +233,56 @@ def sup_con_by_the_paper(a, b):
     return total / len(z)
 
 
+PLACES = 4
+
+
+def places(x, view):
+    """Rows as images of so many places each, and where these lie."""
+    return x.reshape(-1, PLACES, x.shape[1]), constant(f"{view} of {len(x)}", len(x) // PLACES, PLACES, 2)
+
+
+def local_vicreg(a, b):
+    (a, lie_a), (b, lie_b) = places(a, "a"), places(b, "b")
+    return local_criterion(a, b, lie_a, lie_b, 3, (25.0, 25.0, 1.0))
+
+
+def local_vicreg_by_the_paper(a, b):
+    (a, lie_a), (b, lie_b) = places(a, "a"), places(b, "b")
+
+    def matches(x, y, lie_x, lie_y):
+        found = []
+        for i in range(len(x)):
+            far = np.linalg.norm(np.float64(lie_x[i])[:, None] - lie_y[i], axis=2)
+            chosen = np.argsort(far.min(1))[:3]
+            found.append((x[i][chosen], y[i][far.argmin(1)[chosen]]))
+        return map(np.stack, zip(*found, strict=True))
+
+    def criterion(x, y):
+        def terms(z):
+            total = 0
+            for m in range(3):
+                c = np.cov(z[:, m], rowvar=False)
+                off = np.square(c).sum() - np.square(np.diag(c)).sum()
+                total += 12.5 * np.maximum(0, 1 - np.sqrt(np.diag(c) + 1e-4)).mean() + 0.5 * off / len(c)
+            return total / 3
+
+        return 25 * np.square(x - y).mean() + terms(x) + terms(y)
+
+    return sum(criterion(*matches(x, y, lie_x, lie_y)) / 2 for x, y, lie_x, lie_y in (
+        (a, b, a, b), (b, a, b, a), (a, b, lie_a, lie_b), (b, a, lie_b, lie_a)))
+
+
+def local_vicreg_of_lightly(losses, torch):
+    def loss(a, b):
+        lie = [torch.tensor(places(x, view)[1]).reshape(-1, 2, 2, 2) for x, view in ((a, "a"), (b, "b"))]
+        a, b = (x.reshape(-1, 2, 2, x.shape[1]) for x in (a, b))
+        criterion = losses.VICRegLLoss(alpha=0.0, num_matches=(3, 3))
+        whole = torch.zeros(len(a), 2)
+        return criterion([(whole, a), (whole.clone(), b)], lie)[0]
+
+    return loss
+
+
 class Case(NamedTuple):
     """A loss of two views [B, D]; `lightly` makes its own of (lightly.loss, torch)."""
 
@@ -240,7 +291,13 @@ class Case(NamedTuple):
     lightly: Callable | None = None
     target: bool = False  # the second view is a target and gets no gradient
     least: int = 1  # rows for each feature
+    rows: int = 1  # a multiple of which the loss takes
     whole: bool = False  # rows are of one image, and on one device
+
+    def enough(self, B, D):
+        """At least B rows that it takes."""
+        B = max(B, self.least * D)
+        return B + -B % self.rows
 
 
 LOSSES = {
@@ -266,6 +323,7 @@ LOSSES = {
     "gram": Case(gram, gram_by_the_paper, target=True, whole=True),
     "clip": Case(lambda a, b: symmetric_info_nce(heads.unit(a), heads.unit(b), 0.2),
                  lambda a, b: (info_nce_by_the_paper(a, b) + info_nce_by_the_paper(b, a)) / 2),
+    "vicregl": Case(local_vicreg, local_vicreg_by_the_paper, local_vicreg_of_lightly, rows=4 * PLACES),
     "siglip": Case(lambda a, b: sigmoid_contrast(heads.unit(a), heads.unit(b), 7.0, -3.0), siglip_by_the_paper),
     "sup_con": Case(lambda a, b: supervised_contrast(heads.unit(a), heads.unit(b), labels(len(a)), len(a), 0.3),
                     sup_con_by_the_paper),
@@ -295,7 +353,7 @@ def views(seed, B, D):
 @pytest.mark.parametrize("seed, B, D", [(0, 2, 3), (1, 7, 5), (2, 32, 8)])
 def test_loss_is_that_of_the_paper(name, seed, B, D, one_device):
     case = LOSSES[name]
-    a, b = views(seed, max(B, case.least * D), D)
+    a, b = views(seed, case.enough(B, D), D)
     if case.target:
         assert_same(lambda x: case.ours(x, b), lambda x: case.paper(x, np.float64(b)), a, seed)
         assert not jax.grad(case.ours, 1)(a, b).any()
@@ -310,7 +368,7 @@ def test_loss_is_that_of_lightly(name, seed, B, D, one_device):
     case = LOSSES[name]
     if case.lightly is None:
         pytest.skip("lightly has no class for it")
-    arrays = views(seed, max(B, case.least * D), D)
+    arrays = views(seed, case.enough(B, D), D)
     a, b = (torch.tensor(x, requires_grad=True) for x in arrays)
     value = case.lightly(losses, torch)(a, b.detach() if case.target else b)
     value.backward()
@@ -325,7 +383,7 @@ def test_loss_is_that_of_lightly(name, seed, B, D, one_device):
 @pytest.mark.parametrize("shape", [dict(data=8), dict(data=2, fsdp=2, tensor=2)], ids=["8", "2x2x2"])
 def test_loss_on_8_devices_is_that_of_one(name, shape, one_device):
     gradient = jax.jit(jax.value_and_grad(LOSSES[name].ours, (0, 1)))
-    arrays = views(0, 16, 5)
+    arrays = views(0, 4 * LOSSES[name].enough(4, 5), 5) if LOSSES[name].rows > 1 else views(0, 16, 5)
     expected = jax.device_get(gradient(*arrays))
     mesh = make_mesh(**shape)
     with jax.set_mesh(mesh):

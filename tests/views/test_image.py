@@ -176,6 +176,22 @@ def test_multi_crop_is_interleaved_and_every_view_differs():
     assert image.multi_crop(KEY, images, (still,), view, 0)[1] is None
 
 
+def test_centres_of_cells_are_where_a_crop_shows_them():
+    """Of images that show where they are: each pixel its row and column, which pixels of a view round to .05.
+
+    Beside a border a view blends less.
+    """
+    side, size = 64, 8
+    place_HW = np.moveaxis(np.indices((side, side)) + 0.5, 0, -1)
+    images = np.broadcast_to(np.concatenate([place_HW / side, place_HW[..., :1]], -1), (16, side, side, 3))
+    view = image.augmentation(size=size, **PLAIN | dict(scale=(0.1, 0.5), ratio=(0.5, 2), flip=0.5))
+    shown, box = (np.asarray(x) if i == 0 else x for i, x in enumerate((view(KEY, images), view.where(KEY, images))))
+    lie = np.asarray(image.centres(box, size, size))
+    inside = ((lie > 8) & (lie < side - 8)).all(-1)
+    assert 0 < box.flipped.sum() < 16 and inside.sum() > 200
+    np.testing.assert_allclose(shown[inside][:, :2] * side, lie[inside], atol=0.1)
+
+
 def test_separate_undoes_interleave():
     parts = np.random.default_rng(0).normal(size=(3, 4, 2))
     together = interleave(parts)
