@@ -46,7 +46,8 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
     groups:    parts of the batch that are whitened by themselves.
     shrinkage: share of the identity in what is inverted.
     """
-    tower = Tower(model, {"projector": Projector(hidden, features, 2, model.dtype, normed=False)})
+    # Whitening undoes the last norm, but for the identity: features that are small would be left as they are.
+    tower = Tower(model, {"projector": Projector(hidden, features, 2, model.dtype)})
 
     def loss(params, aux, drawn):
         made, stats = tower(params, aux["stats"], drawn.large, drawn.key)

@@ -176,20 +176,21 @@ def dino(D: int, o: Any, steps: int) -> Made:
     return Made([head], loss, lambda net: held[0])
 
 
-def bare(D: int, o: Any, depth: int) -> modules.heads.ProjectionHead:
-    """A projector of `depth` layers whose output is not normed."""
+def projector(D: int, o: Any, depth: int, norm: nn.Module | None) -> modules.heads.ProjectionHead:
+    """`depth` layers, `norm` after the last."""
     sizes = [D, *[o.hidden] * (depth - 1)]
     return modules.heads.ProjectionHead([*((a, b, nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(sizes)),
-                                         (sizes[-1], o.features, None, None)])
+                                         (sizes[-1], o.features, norm, None)])
 
 
 def w_mse(D: int, o: Any, steps: int) -> Made:
-    head, criterion = bare(D, o, 2), losses.WMSELoss(o.features, eps=o.shrinkage)
+    head = projector(D, o, 2, nn.BatchNorm1d(o.features, affine=False))
+    criterion = losses.WMSELoss(o.features, eps=o.shrinkage)
     return Made([head], lambda net, views, step: criterion(torch.cat([head(net(x)) for x in views])))
 
 
 def lejepa(D: int, o: Any, steps: int) -> Made:
-    head, criterion = bare(D, o, 3), losses.LeJEPALoss(o.weight, sigreg_num_vectors=o.directions)
+    head, criterion = projector(D, o, 3, None), losses.LeJEPALoss(o.weight, sigreg_num_vectors=o.directions)
 
     def loss(net, views, step):
         z = [head(net(x)) for x in views]
