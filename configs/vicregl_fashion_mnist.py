@@ -13,10 +13,11 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     debug, digits = arg == "debug", arg in ("debug", "digits")
     steps = 24 if debug else 1200  # 20 minutes of a core
     size = 16 if digits else 28
+    stages = (1,) if debug else (1, 1) if digits else (1, 1, 1)  # maps of 4 x 4 places, at least
     images = dict(name="digits") if digits else dict(name="idx", path="fashion-mnist")
     config = ml_collections.ConfigDict()
     config.mesh = dict(data=-1, fsdp=1, tensor=1)
-    config.model = dict(name="resnet", stages=(1,) if debug else (1, 1, 1), width=8 if debug else 32,
+    config.model = dict(name="resnet", stages=stages, width=8 if debug else 32,
                         stem="small_stride2", dtype="float32")
     # Weaker looks leave the brightness of an image as a shortcut: docs/joint_embeddings.md.
     looks = (dict(flip=0.0, brightness=0.4, contrast=0.4, blur=0.0) if digits else

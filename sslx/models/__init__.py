@@ -15,7 +15,8 @@ from sslx.config import Count, UserError
 class Backbone(nn.Module):
     """A network of images, which offers `encode(images [B, H, W, C], train=...) -> [B, D]`.
 
-    And, if it sees where things are, `maps(images, train=...) -> [B, h, w, D]`: features of a grid of places.
+    And, for objectives that compare places, `maps(images, train=...) -> ([B, D], [B, h, w, D])`: the same features,
+    and those of a grid of places.
     """
 
     modality = "image"

@@ -65,15 +65,12 @@ class ConvNeXt(Backbone):
     dtype: Any
     base: StagesBase
 
-    def setup(self):
-        self.norm = Norm()
-
     def __call__(self, images_BHWC):
-        return self.norm(self.maps(images_BHWC).mean((1, 2), dtype=jnp.float32))
+        return self.maps(images_BHWC)[0]
 
     @nn.compact
     def maps(self, images_BHWC, *, train: bool = False):
-        """The last stage, [B, h, w, D]."""
+        """The features, and the last stage, [B, h, w, D], whose normed mean they are."""
         del train
         x, body = normalize(images_BHWC).astype(self.dtype), lambda block, x: block(x)
         if self.remat == "full":
@@ -87,7 +84,7 @@ class ConvNeXt(Backbone):
             for j in range(n_blocks):
                 options = (self.layer_scale, (n_blocks, self.base.stages[i]), self.dtype)
                 x = body(Mixing(*options, name=f"stage{i}_{j}"), x)
-        return x
+        return Norm(name="norm")(x.mean((1, 2), dtype=jnp.float32)), x
 
     def encode(self, images_BHWC, *, train: bool = False):
         """The features of images: what a `Backbone` offers (`train` matters to networks with batch statistics)."""

@@ -70,11 +70,11 @@ class ResNet(Backbone):
     base: StagesBase
 
     def __call__(self, images_BHWC, train: bool):
-        return self.maps(images_BHWC, train=train).mean((1, 2), dtype=jnp.float32)
+        return self.maps(images_BHWC, train=train)[0]
 
     @nn.compact
     def maps(self, images_BHWC, *, train: bool = False):
-        """The last stage, [B, h, w, D]."""
+        """The features, and the last stage, [B, h, w, D], whose mean they are."""
         def root(self, images_BHWC):
             x = normalize(images_BHWC).astype(self.dtype)
             kernel, stride = {"imagenet": (7, 2), "small": (3, 1), "small_stride2": (3, 2)}[self.stem]
@@ -93,7 +93,7 @@ class ResNet(Backbone):
                 stride = 2 if i and not j else 1
                 options = (self.width * 2**i, stride, self.bottleneck, (n_blocks, self.base.stages[i]), self.dtype)
                 x = body(Residual(*options, name=f"stage{i}_{j}"), x)
-        return x
+        return x.mean((1, 2), dtype=jnp.float32), x
 
     def encode(self, images_BHWC, *, train: bool = False):
         """The features of images: what a `Backbone` offers."""

@@ -111,10 +111,11 @@ class VisionTransformer(Backbone):
         return self.features(self(images_BHWC))
 
     def maps(self, images_BHWC, *, train: bool = False):
-        """The patches, [B, h, w, D]."""
+        """The features, and the patches, [B, h, w, D]."""
         del train
         rows, cols = (side // self.patch for side in images_BHWC.shape[1:3])
-        return self(images_BHWC)[:, -rows * cols:].reshape(-1, rows, cols, self.width)
+        tokens_BND = self(images_BHWC)
+        return self.features(tokens_BND), tokens_BND[:, -rows * cols:].reshape(-1, rows, cols, self.width)
 
 
 def make(*, image_size: Count, patch: Count, width: Count, depth: Count, heads: Count, hidden: Count | None = None,

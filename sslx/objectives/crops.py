@@ -30,7 +30,7 @@ class Crops(NamedTuple):
 
     def where(self, key, images_BHWC):
         """The boxes of the large crops that this key draws, of each kind [B]."""
-        keys, _ = crop_keys(key, len(self.large), 0 if self.small is None else self.n_small)
+        keys, _ = crop_keys(key, len(self.large), self.small is not None and self.n_small > 0)
         return [view.where(k, images_BHWC) for k, view in zip(keys, self.large, strict=True)]
 
     def show(self, key, images_BHWC):
@@ -61,14 +61,14 @@ def pair(view: dict[str, Any], second: dict[str, Any] | None, name: str = "view"
 class Drawn(NamedTuple):
     """What a loss sees of a batch: its large crops [B V, S, S, C], its small ones or None, itself, and a key.
 
-    crops: the key that has drawn the crops.
+    crops: the key that `Crops` has drawn them by; None where aux begins, with a first crop alone.
     """
 
     large: jax.Array
     small: jax.Array | None
     batch: Batch
     key: jax.Array
-    crops: jax.Array
+    crops: jax.Array | None
 
 
 def multi(global_view: dict[str, Any], second: dict[str, Any] | None, local_view: dict[str, Any],

@@ -117,7 +117,7 @@ def objective(tower: Embeds, info: Info, crops: Crops, loss: Callable,
         key_view, key_tower, key_aux = jax.random.split(key, 3)
         first = crops.large[0](key_view, batch["image"])
         params, stats = tower.init(key_tower, first)
-        return params, begin(params, stats, Drawn(first, None, batch, key_aux, key_view))
+        return params, begin(params, stats, Drawn(first, None, batch, key_aux, None))
 
     def measured(params, aux, batch, key):
         key_crops, key_loss = jax.random.split(key)

@@ -36,6 +36,13 @@ def covariance(x_BD):
     return off_diagonal_squares(products(x_BD, x_BD) / (B - 1)) * B / x_BD.size
 
 
+def regularized(a, b, weights):
+    """w_i invariance + w_v mean variance + w_c mean covariance, the means of both sides."""
+    alike, varied, apart = weights
+    return (alike * invariance(a, b) + varied * (variance(a) + variance(b)) / 2
+            + apart * (covariance(a) + covariance(b)) / 2)
+
+
 def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str, Any] | None = None,
          weights: tuple[Nonnegative, Nonnegative, Nonnegative] = (25.0, 25.0, 1.0),
          features: Count = 8192) -> Objective:
@@ -50,7 +57,6 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
     def loss(params, aux, drawn):
         made, stats = tower(params, aux["stats"], drawn.large, drawn.key)
         a, b = (x.astype(jnp.float32) for x in separate(made["expander"], 2))
-        spread, shared = (variance(a) + variance(b)) / 2, covariance(a) + covariance(b)
-        return alike * invariance(a, b) + varied * spread + apart * shared, {"stats": stats}
+        return regularized(a, b, (alike, varied, 2 * apart)), {"stats": stats}
 
     return objective(tower, info, pair(view, second), loss)

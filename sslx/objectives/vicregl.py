@@ -16,32 +16,25 @@ from sslx.models.heads import Projector
 from sslx.objectives import Objective
 from sslx.objectives.crops import pair
 from sslx.objectives.joint import Tower, objective
-from sslx.objectives.vicreg import covariance, invariance, variance
+from sslx.objectives.vicreg import regularized
 from sslx.views import separate
 from sslx.views.image import centres
 
 
 class Expanders(nn.Module):
-    """Of maps [N, h, w, D] what VICReg compares of the whole, [N, E], and of each place, [N, h w, F]."""
+    """What VICReg compares of images, [N, E], and of each place in them, [N, h w, F]."""
 
     features: int
     local_features: int
     dtype: Any
 
     @nn.compact
-    def __call__(self, maps_NhwD, *, train: bool):
-        pooled_ND = maps_NhwD.mean((1, 2), dtype=jnp.float32)
+    def __call__(self, seen, *, train: bool):
+        features_ND, maps_NhwD = seen
         whole, local = (Projector(f, f, 3, self.dtype, normed=False, name=name)
                         for name, f in (("whole", self.features), ("local", self.local_features)))
         places_NPD = maps_NhwD.reshape(len(maps_NhwD), -1, maps_NhwD.shape[-1])
-        return whole(pooled_ND, train=train), local(places_NPD, train=train)
-
-
-def regularized(a, b, weights):
-    """w_i invariance + w_v mean variance + w_c mean covariance, the means of both sides."""
-    alike, varied, apart = weights
-    return (alike * invariance(a, b) + varied * (variance(a) + variance(b)) / 2
-            + apart * (covariance(a) + covariance(b)) / 2)
+        return whole(features_ND, train=train), local(places_NPD, train=train)
 
 
 def distances(a_BPD, b_BQD):
@@ -73,23 +66,22 @@ def local_criterion(a_BPD, b_BPD, place_a_BP2, place_b_BP2, n: int, weights):
 def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str, Any] | None = None,
          weights: tuple[Nonnegative, Nonnegative, Nonnegative] = (25.0, 25.0, 1.0), whole_weight: Share = 0.75,
          matches: Count = 20, features: Count = 8192, local_features: Count = 512) -> Objective:
-    """VICRegL: w of the whole + (1 - w) `local_criterion`, of a backbone that has maps.
+    """VICRegL: w of the whole + (1 - w) `local_criterion`.
 
     view:     arguments of `views.image.augmentation`. second: what is otherwise in the second view.
     weights:  of invariance, variance and covariance, the means of both sides.
     whole_weight: w.
     matches:  places of a view that are compared, those with the nearest in the other view.
+              Raises UserError if the maps have fewer.
     features, local_features: of the expanders, three layers each, of the whole and of each place.
     """
-    if not hasattr(model, "maps"):
-        raise UserError(f"config.objective.name='vicregl' compares places, and a {type(model).__name__} has no maps")
     tower = Tower(model, {"expander": Expanders(features, local_features, model.dtype)}, "maps")
     crops = pair(view, second)
 
     def loss(params, aux, drawn):
         made, stats = tower(params, aux["stats"], drawn.large, drawn.key)
         (whole_a, whole_b), places = (separate(x.astype(jnp.float32), 2) for x in made["expander"])
-        rows, cols = made["encoder"].shape[1:3]
+        rows, cols = made["encoder"][1].shape[1:3]
         if matches > rows * cols:
             raise UserError(f"config.objective.matches={matches} of the {rows} x {cols} places of a view: choose fewer,"
                             " or a network with larger maps")

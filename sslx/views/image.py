@@ -126,16 +126,16 @@ def multi_crop(key: jax.Array, images_BHWC: jax.Array, global_: Sequence[View], 
     `global_` holds one view per global crop (they may differ, as in BYOL and DINO); all local crops are
     draws of `local`, None if there are none.
     """
-    keys, key_local = crop_keys(key, len(global_), 0 if local is None else n_local)
+    keys, key_local = crop_keys(key, len(global_), local is not None and n_local > 0)
     made = views.interleave([view(k, images_BHWC) for k, view in zip(keys, global_, strict=True)])
-    if local is None or key_local is None:
+    if local is None or not n_local:
         return made, None
     return made, local(key_local, views.interleave([images_BHWC] * n_local))
 
 
-def crop_keys(key: jax.Array, n_global: int, n_local: int) -> tuple[list[jax.Array], jax.Array | None]:
-    """The keys of global crops, and that of all local ones, None if there are none."""
-    key_global, key_local = jax.random.split(key) if n_local else (key, None)
+def crop_keys(key: jax.Array, n_global: int, beside: bool) -> tuple[list[jax.Array], jax.Array]:
+    """The keys of global crops, and that of all local ones if there are some `beside` them."""
+    key_global, key_local = jax.random.split(key) if beside else (key, key)
     return [jax.random.fold_in(key_global, v) for v in range(n_global)], key_local
 
 
