@@ -229,7 +229,7 @@ def record(experiment: Experiment, state: TrainState, counted: flops.Flops, peak
         flops_per_example_full_attention=counted.full_total / data.batch_size,
         flops_convention=flops.CONVENTION,
         batch_size=data.batch_size,
-        loss_of_batch=experiment.objective.of_batch,
+        heldout_batch=experiment.evaluation.batch_size if experiment.objective.of_batch else None,
         total_steps=run.steps,
         device=jax.devices()[0].device_kind,
         device_count=mesh.size,

@@ -108,12 +108,13 @@ class Evaluation(NamedTuple):
 class Evaluate(NamedTuple):
     """evaluate:     (params, aux) -> metrics of all evaluations of the config.
     baseline_raw: () -> accuracies `<metric>@raw` with the inputs themselves as features.
-    splits:       the sources that are read.
+    splits:       the sources that are read, in batches of `batch_size`.
     """
 
     evaluate: Callable[[Params, Aux], dict[str, float]]
     baseline_raw: Callable[[], dict[str, float]]
     splits: Mapping[str, Source]
+    batch_size: int
 
 
 def make(section: Mapping[str, Any], objective: Objective, mesh: jax.sharding.Mesh,
@@ -201,7 +202,7 @@ def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source]
         metrics = run(Subject(raw_features, None, splits, batch_size, on_bad))
         return {f"{name}@raw": value for name, value in metrics.items() if name.endswith("/accuracy")}
 
-    return Evaluate(evaluate, baseline_raw, splits)
+    return Evaluate(evaluate, baseline_raw, splits, batch_size)
 
 
 class Machinery(NamedTuple):

@@ -159,7 +159,7 @@ def from_runs(folders: Iterable[pathlib.Path], metric: str, count: str) -> Point
         else:
             rows.append((run[count], last["tokens_seen"], last["flops_model"],
                          last["tokens_seen"] / max(1.0, last["epochs"]), last["metrics"][metric]))
-            kinds[kind(run)] += 1
+            kinds[kind(run, metric)] += 1
             gains[str(workdir)] = last["metrics"].get(COPYING)
             continue
         refused.setdefault(reason, []).append(str(workdir))
@@ -190,13 +190,15 @@ def of_copying(gains: Mapping[str, float | None]) -> tuple[str, ...]:
             " loss has fallen at once, below the curve of the others. Fit one side alone",)
 
 
-def kind(run: Mapping[str, Any]) -> str:
-    """What two runs must have in common for their losses to be comparable: objective with its settings, and data."""
+def kind(run: Mapping[str, Any], metric: str) -> str:
+    """What two runs must have in common for this metric of theirs to be comparable: objective with its settings, data,
+    and of a held-out loss that is of the batch the size of a batch."""
     lasting: list[str] = []
     with contextlib.suppress(UserError):  # it may be another version's
         lasting = config.fields(config.load("objectives", run["objective"]), Steps)
     section = {k: v for k, v in run["config"]["objective"].items() if k not in (*OF_THE_RUN, *lasting)}
-    batch = f" batch {run['batch_size']}" if run.get("loss_of_batch") else ""
+    rows = run.get("heldout_batch") if metric.startswith("heldout/") else None  # older logs have none
+    batch = f" in batches of {rows}" if rows else ""
     return f"{run['objective']} {section}{batch} on {run['dataset']}"
 
 

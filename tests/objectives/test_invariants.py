@@ -135,6 +135,8 @@ def test_combined_objectives_are_their_weighted_sum():
             params, aux, batch, jax.random.key(1))
     np.testing.assert_allclose(loss, 0.25 * metrics["causal/loss"] + 2 * metrics["masked/loss"], rtol=1e-6)
     assert metrics["tokens"] == batch["tokens"].size and set(params) == set(aux) == {"causal", "masked"}
+    contrast = experiment("simclr_fashion_mnist").objective
+    assert not both.of_batch and combine({"causal": (1.0, built.objective), "contrast": (1.0, contrast)}).of_batch
     assert largest(grads["causal"]) > 0 and largest(grads["masked"]) > 0
 
 
