@@ -5,17 +5,32 @@ frozen; FLOPs do not depend on the mesh; micro-batches add up; a checkpoint move
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from experiments import AXES, BATCH, CONFIGS, MESHES, OBJECTIVES, abstract_state, axes, experiment, first_batch, meshes
+from experiments import (
+    AXES,
+    BATCH,
+    CONFIGS,
+    FILES,
+    MESHES,
+    OBJECTIVES,
+    abstract_state,
+    axes,
+    config_module,
+    experiment,
+    first_batch,
+    meshes,
+)
 
-from sslx import optim, state, train
+from sslx import config, optim, state, train
 from sslx.checkpoint import Checkpoints
 from sslx.config import UserError
+from sslx.experiment import build
 from sslx.objectives import Objective
 from sslx.sharding import make_mesh, spec
 
@@ -207,6 +222,25 @@ def test_flops_do_not_depend_on_the_mesh(trained):
         unsharded = train.count_flops(alone.objective, start_1, batch_1)
     assert sharded == unsharded
     assert sharded.hw_total >= sharded.model_total > 0
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if ":digits" in path.read_text()], ids=lambda path: path.stem)
+def test_the_variant_that_needs_nothing_installed_traces(path):
+    conf = config_module(path).get_config("digits")
+    conf.evals = {}
+    built = build(conf, jax.devices()[:1])
+    with jax.set_mesh(built.mesh):
+        batch = first_batch(built)
+        assert train.count_flops(built.objective, abstract_state(built, batch), batch).model_total > 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_a_config_derives_from_its_steps_a_sweep_does_too(path):
+    """The fields of objective and optimizer that are shares of `steps` are of the type that says so."""
+    sections = path.read_text().partition("config.run =")[0]
+    derived = set(re.findall(r"(\w+)=[^,()=]*\bsteps\b", sections)) - {"steps"}
+    makes = [config.load("objectives", config_module(path).get_config("").objective.name), optim.make]
+    assert derived <= {name for make in makes for name in config.fields(make, config.Steps)}
 
 
 def test_tokens_of_micro_batches_add_up(trained):

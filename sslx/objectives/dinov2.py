@@ -16,7 +16,7 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
          mask_probability: Share = 0.5, n_prototypes: Count = 131072, hidden: Count = 2048, bottleneck: Count = 384,
          patch_bottleneck: Count = 256,
          patch_weight: Nonnegative = 1.0, koleo_weight: Nonnegative = 0.1, gram_weight: Nonnegative = 0.0,
-         gram_from: Steps = 0, gram_every: Count = 10_000, student_temperature: Positive = 0.1,
+         gram_from: Steps = 0, gram_every: Steps = 10_000, student_temperature: Positive = 0.1,
          teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07), temperature_warmup: Steps,
          iterations: Count = 3, momentum: tuple[Share, Share] = (0.992, 1.0),
          batch_norm: bool = False) -> Objective:
@@ -29,7 +29,7 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
     patch_weight, koleo_weight: of the prediction of hidden patches, and of `koleo` of the class tokens.
     bottleneck, patch_bottleneck: dimensions in which class tokens and patches meet their prototypes.
     gram_weight:         of `gram_anchoring` of patches from step `gram_from` on, to those of the teacher as it was
-                         then, and every `gram_every` steps after; 2 in DINOv3, from a million steps on.
+                         then, and every `gram_every` steps after (0: never again); DINOv3: 2, from step 10^6 on.
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
     iterations:          of Sinkhorn's algorithm.
     batch_norm:          between the layers of the heads' MLPs: see dino.

@@ -228,11 +228,11 @@ def of_group(study: Study, grid: Grid, cost: Cost, made: Changes, steps: dict[st
     """Runs of one network and seed, {name: steps}; of branches the first, which is the longest, is the trunk."""
     own = {name: in_steps(study, n) for name, n in steps.items()}
     trunk, branches = next(iter(steps)), [*steps][1:] if grid.branches else []
-    if grid.branches:
-        shortest = in_steps(study, min(steps.values()))
+    if grid.branches:  # what they count in steps is their trunk's, but for the decay
+        shared = {"optim.warmup": 0} | shares(study, min(steps.values()))
         for name, n in steps.items():
-            own[name] |= {"optim.schedule": "wsd", "optim.warmup": shortest.get("optim.warmup", 0),
-                          "optim.decay": own[name].get("optim.decay") or round(DECAY * n)}
+            own[name] |= shared | {"optim.schedule": "wsd",
+                                   "optim.decay": own[name].get("optim.decay") or round(DECAY * n)}
     starts = {name: steps[name] - own[name]["optim.decay"] for name in branches}
     for name, start in starts.items():
         own[name] |= {"run.trunk": str(grid.out / trunk), "run.trunk_step": start}
@@ -249,10 +249,14 @@ def in_steps(study: Study, n: int) -> Changes:
 
 
 def lasting(study: Study, n: int) -> Changes:
-    """What a run of `n` steps sets: of all that its config counts in steps the same share of its own."""
-    objective = study.sections["objective"]
-    schedules = {"objective": config.load("objectives", objective["name"]), "optim": optim.make}
-    ends = {"run.steps": n} | {f"{section}.steps": n for section in schedules if "steps" in study.sections[section]}
-    return ends | {f"{section}.{name}": round(study.sections[section][name] * n / study.run.steps)
-                   for section, make in schedules.items() for name in config.fields(make, Steps)
-                   if name in study.sections[section]}
+    """What a run of `n` steps sets."""
+    ends = {f"{section}.steps": n for section in ("run", "optim", "objective") if "steps" in study.sections[section]}
+    return ends | shares(study, n)
+
+
+def shares(study: Study, n: int) -> Changes:
+    """Of all that the config counts in steps the same share of `n`."""
+    makes = {"objective": config.load("objectives", study.sections["objective"]["name"]), "optim": optim.make}
+    return {f"{section}.{name}": round(study.sections[section][name] * n / study.run.steps)
+            for section, make in makes.items() for name in config.fields(make, Steps)
+            if name in study.sections[section]}

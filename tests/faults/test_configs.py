@@ -77,11 +77,11 @@ momenta = pair(lambda a, b: 0 <= a <= 1 and 0 <= b <= 1)
 # What a field of an objective takes, by its name. Whether it is required, or may be None, its signature says.
 OF_OBJECTIVES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("view", "second", "global_view", "local_view"), is_section),
-    **dict.fromkeys(("steps", "every", "gram_every", "hidden", "features", "bottleneck", "patch_bottleneck",
+    **dict.fromkeys(("steps", "every", "hidden", "features", "bottleneck", "patch_bottleneck",
                      "predictor", "depth", "chunks", "n_global", "n_prototypes", "iterations", "queue", "groups",
                      "directions", "matches", "local_features", "decoder_width", "decoder_depth", "decoder_heads",
                      "sample_length"), count),
-    **dict.fromkeys(("n_local", "temperature_warmup", "queue_from", "gram_from"), natural),
+    **dict.fromkeys(("n_local", "temperature_warmup", "queue_from", "gram_from", "gram_every"), natural),
     **dict.fromkeys(("temperature", "scale", "student_temperature", "assignment_temperature", "furthest", "mean_span"),
                     positive),
     **dict.fromkeys(("off_diagonal", "patch_weight", "koleo_weight", "gram_weight"), nonnegative),

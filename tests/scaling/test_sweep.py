@@ -148,6 +148,17 @@ def test_branches_share_what_a_trunk_has_done_and_decay_where_they_branch(config
         assert p.flops == p.changes["optim.decay"] * p.cost.flops
 
 
+def test_branches_have_all_that_counts_in_steps_of_their_trunk(tmp_path):
+    """Or they would be refused, as of another config."""
+    plan = planned(f"{command.CONFIGS}/swav_fashion_mnist.py:debug", tmp_path, "--sizes=model.width=8",
+                   "--budgets=3e10,6e10", "--branches")
+    trunk, branch = plan.values()
+    counted = ("optim.warmup", "optim.freeze_prototypes", "objective.queue_from")
+    assert branch.trunk == trunk.name and trunk.steps > branch.steps
+    assert [branch.changes[name] for name in counted] == [trunk.changes[name] for name in counted]
+    assert trunk.changes["objective.queue_from"] == round(2 / 24 * branch.steps)
+
+
 @pytest.mark.parametrize("flags, said", [
     ((), "--budgets is missing"),
     (("--budgets=1e9",), "--sizes is missing"),
