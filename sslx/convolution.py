@@ -18,7 +18,7 @@ from sslx import flops
 from sslx.channels import spec_of
 from sslx.sharding import platform
 
-CACHED = 1 << 19  # bytes of patches that are made at a time
+CACHED = 1 << 19  # bytes that the products of a kernel's gradient read of images at a time
 
 
 def convolve(x_BHWC, w_KKCO, stride: int):
@@ -73,7 +73,7 @@ on_cpu.defvjp(lambda x, w, stride: (forward(x, w, stride), (x, w)), backward)
 def kernel_gradient(x_BHWC, d_BHWO, shape: tuple[int, ...], stride: int):
     """float32, of a kernel of this shape whose convolution has the gradient d; each device sums over its images.
 
-    Channels lead, because XLA multiplies [P, B H' W'] by [B H' W', O] at twice the speed of their transposes.
+    Channels lead, because XLA multiplies [R, B H' W'] by [B H' W', O] at twice the speed of their transposes.
     """
     k, _, C, _ = shape
 
@@ -113,7 +113,7 @@ def of_row(across_KCBHW, d_BHWO, i: int, stride: int):
 
 
 def images_at_a_time(images: int, size: int) -> int:
-    """The largest divisor of so many images whose patches, of `size` bytes an image, fit into CACHED; at least 1."""
+    """The largest divisor of so many images of which, at `size` bytes each, as many fit into CACHED; at least 1."""
     return next(n for n in range(min(images, max(CACHED // size, 1)), 0, -1) if images % n == 0)
 
 

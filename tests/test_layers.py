@@ -172,7 +172,7 @@ def test_a_width_that_the_mesh_does_not_divide_is_named():
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("size, kernel, stride", [(8, 7, 2), (8, 3, 1), (7, 3, 2), (8, 1, 2), (5, 1, 1),
-                                                  (1, 3, 1), (2, 3, 1), (2, 7, 1), (3, 3, 2)])
+                                                  (1, 3, 1), (2, 3, 1), (2, 7, 1), (3, 3, 2), (1, 3, 2)])
 def test_conv_is_that_of_xla(size, kernel, stride, devices, monkeypatch):
     """Value and gradients; of the kernel's, which is summed over parts of the images, some are of one image."""
     monkeypatch.setattr(convolution, "CACHED", 20_000)
