@@ -6,6 +6,7 @@ per example and axis: view = rows_BSH @ image_BHW @ cols_BSW^T.
 B batch, C channels, H W of the image, S of the view, P of the patch.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Annotated, NamedTuple
@@ -56,7 +57,8 @@ class Box(NamedTuple):
     flipped: jax.Array
 
 
-class View(NamedTuple):
+@dataclasses.dataclass(frozen=True)  # jit takes no tuple for a function
+class View:
     """make:  (key, images [B, H, W, C]) -> views [B, S, S, C].
     where: (key, images) -> the `Box` of each.
     """
