@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from sslx.scaling import scores
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -23,3 +25,10 @@ def test_every_config_is_listed():
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:sslx|configs)/[\w/]+\.py)`", README))))
 def test_every_file_that_is_named_exists(path):
     assert (ROOT / path).is_file()
+
+
+def test_the_table_of_joint_embeddings_is_of_its_logs(capsys):
+    runs = ROOT / "studies/joint_embeddings/runs"
+    assert scores.main([str(runs), "--minutes", "4,8,20"]) == 0
+    _, *table = capsys.readouterr().out.splitlines()
+    assert len(table) > 10 and "\n".join(table) in (ROOT / "docs/joint_embeddings.md").read_text()
