@@ -11,7 +11,7 @@ import ml_collections
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     debug, digits = arg == "debug", arg in ("debug", "digits")
-    steps = 24 if debug else 1200  # 20 minutes of a core
+    steps = 24 if debug else 1200  # 11 minutes of a core
     size = 16 if digits else 28
     stages = (1,) if debug else (1, 1) if digits else (1, 1, 1)  # maps of 4 x 4 places, at least
     images = dict(name="digits") if digits else dict(name="idx", path="fashion-mnist")
