@@ -1,9 +1,10 @@
-"""python tests/peers/learning.py [METHOD ...] [--steps 300] [--seeds 1] [--json F]
+"""python tests/peers/learning.py [METHOD ...] [--steps 300] [--seeds 0,1,2] [--json F]
 
 What configs/METHOD_fashion_mnist.py learns here and what lightly's parts learn in PyTorch: the same network (SimCLR's
 ResNet), images in the same order, views to the bit, optimizer and schedule, so many steps. kNN-5 / linear probe by the
 evaluations of the config, on all test images, and the CPU-seconds of both, without compilation and evaluation; those of
-the peer hold the views, which sslx makes for it. Wants `pip install -e .[peers]`; on one core: `taskset -c 0`.
+the peer hold the views, which sslx makes for it. What F has already is not run again. Wants `pip install -e .[peers]`;
+on one core: `taskset -c 0`.
 """
 
 import argparse
@@ -287,27 +288,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python tests/peers/learning.py", usage=__doc__)
     parser.add_argument("methods", nargs="*", default=[], choices=[*METHODS, []])
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", default="0")
     parser.add_argument("--json", type=pathlib.Path)
     given = parser.parse_args()
     platforms.prepare()
     platforms.enable_compilation_cache()
     torch.set_num_threads(1)
-    everything: dict[str, dict[str, list[dict[str, float]]]] = {}
+    everything: dict[str, dict[str, dict[str, dict[str, float]]]] = {}  # of a method, a side, a seed
+    if given.json and given.json.exists():
+        everything = json.loads(given.json.read_text())
     print("| kNN-5 / probe, CPU-seconds | sslx | lightly | CPU |\n|---|---|---|---|")
     for name in given.methods or METHODS:
-        found = everything[name] = {"sslx": [], "lightly": []}
-        for seed in range(given.seeds):
-            built = built_of(name, given.steps, seed)
+        found = everything.setdefault(name, {"sslx": {}, "lightly": {}})
+        for seed in given.seeds.split(","):
+            if seed in found["lightly"]:
+                continue
+            built = built_of(name, given.steps, int(seed))
             with jax.set_mesh(built.mesh):
-                found["sslx"].append(ours(built, given.steps))
-                found["lightly"].append(theirs(name, built, given.steps))
-        means = {side: {k: statistics.fmean(run[k] for run in runs) for k in runs[0]} for side, runs in found.items()}
+                found["sslx"][seed] = ours(built, given.steps)
+                found["lightly"][seed] = theirs(name, built, given.steps)
+            if given.json:
+                given.json.write_text(json.dumps(everything, indent=1) + "\n")
+        means = {side: {k: statistics.fmean(run[k] for run in runs.values()) for k in ("knn", "probe", "cpu_s")}
+                 for side, runs in found.items()}
         cells = [f"{m['knn']:.1f} / {m['probe']:.1f}, {m['cpu_s']:.0f}" for m in means.values()]
         ratio = means["lightly"]["cpu_s"] / means["sslx"]["cpu_s"]
         print(f"| {name} | {' | '.join(cells)} | {ratio:.2f}x |", flush=True)
-        if given.json:
-            given.json.write_text(json.dumps(everything, indent=1) + "\n")
 
 
 if __name__ == "__main__":
