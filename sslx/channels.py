@@ -1,10 +1,13 @@
-"""What is shared by all rows: shifts and scales of the last dimensions, whose gradients are sums over the others.
+"""What all rows share: scales and shifts of the last dimensions, whose gradients are sums over the others; moments.
 
-XLA's CPU backend sums columns an element at a time; as a product with ones the sum is several times faster. There
-`plus`, `times` and `mean` state their gradients so; elsewhere they are what they say.
+XLA's CPU backend sums columns an element at a time. There a sum is a product of ones with rows that are wide, of so
+many at a time that what is made to be summed stays in a cache; `plus`, `times`, `affine` and `moments` state their
+gradients so. Elsewhere they are what they say.
 """
 
 import math
+import operator
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from sslx import flops
 from sslx.sharding import platform
+
+WIDE = 512  # elements of what is summed as one row: narrow ones side by side
+CACHED = 1 << 17  # bytes of an array that are summed at a time
 
 
 def plus(x, b):
@@ -24,27 +30,67 @@ def times(x, s):
     return stretched(x, s) if platform() == "cpu" else x * s
 
 
-def mean(x):
-    """The mean of x [..., C] over all but the last dimension, [C]."""
-    return averaged(x) if platform() == "cpu" else x.mean(tuple(range(x.ndim - 1)))
+def affine(x, s, b):
+    """x [..., *C] * s [*C] + b [*C]."""
+    return stretched_and_shifted(x, s, b) if platform() == "cpu" else x * s + b
 
 
-def total(x, n: int, cut: P):
-    """The sum of x over its first n dimensions, as a product with ones, float32; the result is sharded as `cut`."""
-    ones = jnp.ones(x.shape[:n], x.dtype, out_sharding=placed(P(*spec_of(x)[:n])))
-    dimensions = ((tuple(range(n)),) * 2, ((), ()))
+def moments(x):
+    """Mean and variance of x [..., C], float32, over all but the last dimension, [C] each."""
+    first, second = (powers(x) if platform() == "cpu" else
+                     [y.sum(tuple(range(x.ndim - 1))) for y in (x, jnp.square(x))])
+    n = math.prod(x.shape[:-1])
+    return first / n, second / n - jnp.square(first / n)
+
+
+def sums(terms: Sequence[Callable], arrays: Sequence[jax.Array], n: int) -> list[jax.Array]:
+    """Of each term(*arrays), the arrays being alike, the sum over its first n dimensions, float32."""
+    def local(*parts):
+        N, shared = math.prod(parts[0].shape[:n]), parts[0].shape[n:]
+        C = math.prod(shared)
+        side_by_side = next(k for k in range(max(WIDE // C, 1), 0, -1) if N % k == 0)
+        parts = [part.reshape(N // side_by_side, side_by_side * C) for part in parts]
+        rows = len(parts[0])
+        at_a_time = min(rows, max(CACHED // parts[0][0].nbytes, 1))
+
+        def of(start, size: int):
+            cuts = [jax.lax.dynamic_slice_in_dim(part, start, size) for part in parts]
+            # Without the barrier terms are made inside the products, an element at a time.
+            made = jax.lax.optimization_barrier([term(*cuts) for term in terms])
+            return [jax.lax.dot(jnp.ones(size, y.dtype), y, precision="highest", preferred_element_type=jnp.float32)
+                    for y in made]
+
+        def add(i, totals):
+            return jax.tree.map(operator.add, totals, of(i * at_a_time, at_a_time))
+
+        whole, rest = divmod(rows, at_a_time)
+        totals = of(rows - rest, rest) if rest else [jnp.zeros(parts[0].shape[1])] * len(terms)
+        totals = jax.lax.fori_loop(0, whole, add, totals)
+        return [total.reshape(side_by_side, *shared).sum(0) for total in totals]
+
     with flops.summing():
-        return jax.lax.dot_general(ones, x, dimensions, precision="highest", preferred_element_type=jnp.float32,
-                                   out_sharding=placed(cut))
+        return of_devices(local, arrays, spec_of(arrays[0]), n)
+
+
+def of_devices(local: Callable, arrays: Sequence[jax.Array], placed: P, n: int):
+    """`local` of each device's part of arrays placed alike, summed over the devices that share the first n dimensions.
+
+    What it makes lies as the other dimensions do.
+    """
+    axes, summed = named(placed), named(P(*placed[:n]))
+    if not axes:
+        return local(*arrays)
+    over = (lambda *parts: jax.lax.psum(local(*parts), summed)) if summed else local
+    return jax.shard_map(over, in_specs=placed, out_specs=P(*placed[n:]), check_vma=False)(*arrays)
+
+
+def named(cut: P) -> tuple[str, ...]:
+    """The axes of the mesh that an array is split over."""
+    return tuple(axis for part in cut if part is not None for axis in ((part,) if isinstance(part, str) else part))
 
 
 def spec_of(x) -> P:
     return jax.typeof(x).sharding.spec
-
-
-def placed(cut: P) -> P | None:
-    """What `out_sharding` takes: none where there is no mesh."""
-    return cut if jax.sharding.get_abstract_mesh().axis_names else None
 
 
 @jax.custom_vjp
@@ -58,31 +104,46 @@ def stretched(x, s):
 
 
 @jax.custom_vjp
-def averaged(x):
-    return total(x, x.ndim - 1, P()) / math.prod(x.shape[:-1])
+def stretched_and_shifted(x, s, b):
+    return x * s + b
+
+
+@jax.custom_vjp
+def powers(x):
+    """The sums of x and of its square."""
+    return sums([lambda x: x, jnp.square], [x], x.ndim - 1)
 
 
 def shifted_backward(b, d):
-    d = jax.lax.optimization_barrier(d)  # else it is computed once more for each of its uses, transposed
-    return d, like(b, d)
+    d = jax.lax.optimization_barrier(d)  # else it is computed once more for each of its uses
+    return d, *like([b], [lambda d: d], d)
 
 
 def stretched_backward(kept, d):
     x, s = kept
     d = jax.lax.optimization_barrier(d)
-    return d * s, like(s, d * x)
+    return d * s, *like([s], [operator.mul], d, x)
 
 
-def averaged_backward(x, d):
-    shared = (d / math.prod(x.shape[:-1])).astype(x.dtype)
-    return (jnp.broadcast_to(shared, x.shape, out_sharding=placed(spec_of(x))),)
+def stretched_and_shifted_backward(kept, d):
+    x, s, b = kept
+    d = jax.lax.optimization_barrier(d)
+    return d * s, *like([s, b], [operator.mul, lambda d, x: d], d, x)
 
 
-def like(b, d) -> jax.Array:
-    """The gradient of b, of which d is each row's part."""
-    return total(d, d.ndim - b.ndim, spec_of(b)).astype(b.dtype)
+def powers_backward(x, d):
+    return (d[0] + 2 * d[1] * x,)
+
+
+def like(shared: Sequence[jax.Array], terms: Sequence[Callable], *arrays: jax.Array) -> list[jax.Array]:
+    """The gradients of what rows share, of which the terms are each row's part."""
+    found = [total.astype(y.dtype)
+             for total, y in zip(sums(terms, arrays, arrays[0].ndim - shared[0].ndim), shared, strict=True)]
+    return [total if spec_of(total) == spec_of(y) else jax.sharding.reshard(total, spec_of(y))
+            for total, y in zip(found, shared, strict=True)]
 
 
 shifted.defvjp(lambda x, b: (x + b, b), shifted_backward)
 stretched.defvjp(lambda x, s: (x * s, (x, s)), stretched_backward)
-averaged.defvjp(lambda x: (averaged(x), x), averaged_backward)
+stretched_and_shifted.defvjp(lambda x, s, b: (x * s + b, (x, s, b)), stretched_and_shifted_backward)
+powers.defvjp(lambda x: (powers(x), x), powers_backward)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sslx import flops
-from sslx.channels import spec_of
+from sslx.channels import of_devices, spec_of
 from sslx.sharding import platform
 
 CACHED = 1 << 19  # bytes that the products of a kernel's gradient read of images at a time
@@ -93,11 +93,8 @@ def kernel_gradient(x_BHWC, d_BHWO, shape: tuple[int, ...], stride: int):
         parts = tuple(y.reshape(-1, n, *y.shape[1:]) for y in (x, d))
         return jax.lax.scan(add, jnp.zeros((k, k, C, features)), parts)[0]
 
-    total = local
-    if axes := spec_of(x_BHWC)[0]:
-        total = jax.shard_map(lambda x, d: jax.lax.psum(local(x, d), axes), in_specs=P(axes), out_specs=P(),
-                              axis_names={axes} if isinstance(axes, str) else set(axes), check_vma=False)
-    return total(x_BHWC, d_BHWO)
+    placed = spec_of(x_BHWC)
+    return of_devices(local, (x_BHWC, d_BHWO), P(*placed[:1]), 1)
 
 
 def of_row(across_KCBHW, d_BHWO, i: int, stride: int):

@@ -134,9 +134,11 @@ class Norm(nn.Module):
         if self.kind == "layer":
             x32 = x32 - x32.mean(-1, keepdims=True)
         y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.epsilon)
-        y = channels.times(y, weight(self, "scale", nn.initializers.ones, x.shape[-1:], (None,)))
+        scale = weight(self, "scale", nn.initializers.ones, x.shape[-1:], (None,))
         if self.kind == "layer":
-            y = channels.plus(y, weight(self, "bias", nn.initializers.zeros, x.shape[-1:], (None,)))
+            y = channels.affine(y, scale, weight(self, "bias", nn.initializers.zeros, x.shape[-1:], (None,)))
+        else:
+            y = channels.times(y, scale)
         return y.astype(x.dtype)
 
 
@@ -573,21 +575,18 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
         if train:
-            mean = channels.mean(x32)
-            var = channels.mean(jnp.square(x32)) - jnp.square(mean)
+            mean, var = channels.moments(x32)
             # Initialized with the statistics of its first batch, a random network is a fair baseline.
             momentum = 0.0 if self.is_initializing() else self.momentum
             for running, value in ((running_mean, mean), (running_var, var)):
                 running.value = momentum * running.value + (1 - momentum) * jax.lax.stop_gradient(value)
         else:
             mean, var = running_mean.value, running_var.value
-        scale = jax.lax.rsqrt(var + self.epsilon)
+        scale, bias = jax.lax.rsqrt(var + self.epsilon), 0.0
         if self.affine:
             scale = scale * weight(self, "scale", nn.initializers.ones, shape, (None,))
-        y = channels.times(channels.plus(x32, -mean), scale)
-        if self.affine:
-            y = channels.plus(y, weight(self, "bias", nn.initializers.zeros, shape, (None,)))
-        return y.astype(x.dtype)
+            bias = weight(self, "bias", nn.initializers.zeros, shape, (None,))
+        return channels.affine(x32, scale, bias - mean * scale).astype(x.dtype)
 
 
 def scores(x_BTD, table_VD):
