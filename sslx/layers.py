@@ -582,11 +582,13 @@ class BatchNorm(nn.Module):
                 running.value = momentum * running.value + (1 - momentum) * jax.lax.stop_gradient(value)
         else:
             mean, var = running_mean.value, running_var.value
-        scale, bias = jax.lax.rsqrt(var + self.epsilon), 0.0
+        scale = jax.lax.rsqrt(var + self.epsilon)
+        shift = -mean * scale
         if self.affine:
-            scale = scale * weight(self, "scale", nn.initializers.ones, shape, (None,))
-            bias = weight(self, "bias", nn.initializers.zeros, shape, (None,))
-        return channels.affine(x32, scale, bias - mean * scale).astype(x.dtype)
+            learnt = weight(self, "scale", nn.initializers.ones, shape, (None,))
+            scale, shift = scale * learnt, shift * learnt
+            shift += weight(self, "bias", nn.initializers.zeros, shape, (None,))
+        return channels.affine(x32, scale, shift).astype(x.dtype)
 
 
 def scores(x_BTD, table_VD):
