@@ -81,7 +81,9 @@ def of_devices(local: Callable, arrays: Sequence[jax.Array], placed: P, n: int):
     if not axes:
         return local(*arrays)
     over = (lambda *parts: jax.lax.psum(local(*parts), summed)) if summed else local
-    return jax.shard_map(over, in_specs=placed, out_specs=P(*placed[n:]), check_vma=False)(*arrays)
+    # Of these axes alone, since replicas of the work count once; JAX takes some of a mesh's axes under jit only.
+    return jax.jit(jax.shard_map(over, in_specs=placed, out_specs=P(*placed[n:]), axis_names=set(axes),
+                                 check_vma=False))(*arrays)
 
 
 def named(cut: P) -> tuple[str, ...]:
