@@ -10,21 +10,23 @@ from sslx.objectives import Objective
 from sslx.objectives.contrast import Queue, info_nce
 from sslx.objectives.crops import pair
 from sslx.objectives.joint import Tower, objective
+from sslx.objectives.simclr import nt_xent
 from sslx.views import separate
 
 
 def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str, Any] | None = None,
          queue: Count = 98304, temperature: Positive = 0.1, hidden: Count = 2048, features: Count = 256,
-         predictor: Count = 4096) -> Objective:
+         predictor: Count = 4096, within: bool = False) -> Objective:
     """NNCLR: the symmetric `info_nce` of nearest neighbours and predictions.
 
     view:      arguments of `views.image.augmentation`. second: what is otherwise in the second view.
     queue:     projections of earlier batches, a multiple of data.batch_size.
     hidden, features: of the projector, three layers. predictor: hidden units of the predictor.
+    within:    rows of the same view are negatives too, as in SimCLR: `nt_xent`.
     """
     tower = Tower(model, {"projector": Projector(hidden, features, 3, model.dtype),
                           "predictor": Projector(predictor, features, 2, model.dtype, normed=False, bias=True)})
-    support = Queue(queue, features)
+    support, contrast = Queue(queue, features), nt_xent if within else info_nce
 
     def begin(params, stats, drawn):
         return {"stats": stats, "queue": support.begin(drawn.key, len(drawn.batch["image"]))}
@@ -33,7 +35,7 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
         made, stats = tower(params, aux["stats"], drawn.large, drawn.key)
         (z_1, z_2), (p_1, p_2) = (separate(unit(made[name]), 2) for name in ("projector", "predictor"))
         near_1, near_2 = (support.nearest(aux["queue"], z_BD) for z_BD in (z_1, z_2))
-        value = (info_nce(near_1, p_2, temperature) + info_nce(near_2, p_1, temperature)) / 2
+        value = (contrast(near_1, p_2, temperature) + contrast(near_2, p_1, temperature)) / 2
         return value, {"stats": stats, "queue": support.push(aux["queue"], z_1)}
 
     return objective(tower, info, pair(view, second), loss, begin)
