@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from sslx import flops
-from sslx.sharding import platform
+from sslx.sharding import of_devices, platform, spec_of
 
 WIDE = 512  # elements of what is summed as one row: narrow ones side by side
 CACHED = 1 << 17  # bytes of an array that are summed at a time
@@ -70,29 +69,6 @@ def sums(terms: Sequence[Callable], arrays: Sequence[jax.Array], n: int) -> list
 
     with flops.summing():
         return of_devices(local, arrays, spec_of(arrays[0]), n)
-
-
-def of_devices(local: Callable, arrays: Sequence[jax.Array], placed: P, n: int):
-    """`local` of each device's part of arrays placed alike, summed over the devices that share the first n dimensions.
-
-    What it makes lies as the other dimensions do.
-    """
-    axes, summed = named(placed), named(P(*placed[:n]))
-    if not axes:
-        return local(*arrays)
-    over = (lambda *parts: jax.lax.psum(local(*parts), summed)) if summed else local
-    # Of these axes alone, since replicas of the work count once; JAX takes some of a mesh's axes under jit only.
-    return jax.jit(jax.shard_map(over, in_specs=placed, out_specs=P(*placed[n:]), axis_names=set(axes),
-                                 check_vma=False))(*arrays)
-
-
-def named(cut: P) -> tuple[str, ...]:
-    """The axes of the mesh that an array is split over."""
-    return tuple(axis for part in cut if part is not None for axis in ((part,) if isinstance(part, str) else part))
-
-
-def spec_of(x) -> P:
-    return jax.typeof(x).sharding.spec
 
 
 @jax.custom_vjp

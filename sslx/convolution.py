@@ -15,8 +15,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sslx import flops
-from sslx.channels import of_devices, spec_of
-from sslx.sharding import platform
+from sslx.sharding import of_devices, platform, spec_of
 
 CACHED = 1 << 19  # bytes that the products of a kernel's gradient read of images at a time
 
@@ -93,8 +92,7 @@ def kernel_gradient(x_BHWC, d_BHWO, shape: tuple[int, ...], stride: int):
         parts = tuple(y.reshape(-1, n, *y.shape[1:]) for y in (x, d))
         return jax.lax.scan(add, jnp.zeros((k, k, C, features)), parts)[0]
 
-    placed = spec_of(x_BHWC)
-    return of_devices(local, (x_BHWC, d_BHWO), P(*placed[:1]), 1)
+    return of_devices(local, (x_BHWC, d_BHWO), P(*spec_of(x_BHWC)[:1]), 1)
 
 
 def of_row(across_KCBHW, d_BHWO, i: int, stride: int):

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sslx.config import UserError
-from sslx.sharding import AXES, replicate
+from sslx.sharding import AXES, replicate, spec_of
 
 WINDOW = 128  # sound steps that a spike is judged by
 FEWEST = 16   # below which none is
@@ -115,7 +115,7 @@ def of_devices(leaves: tuple[jax.Array, ...]) -> jax.Array:
     def of_device(*parts):
         return jnp.stack([checksum(part) for part in parts])[None]
 
-    specs = tuple(jax.typeof(x).sharding.spec for x in leaves)
+    specs = tuple(spec_of(x) for x in leaves)
     return replicate(jax.shard_map(of_device, in_specs=specs, out_specs=P(AXES), check_vma=False)(*leaves))
 
 

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from sslx import channels, flops, kernels, mup, zigzag
 from sslx.config import UserError
 from sslx.convolution import convolve
-from sslx.sharding import RULES, axis_size, gather, platform, residual, spec, whole
+from sslx.sharding import RULES, axis_size, gather, platform, residual, spec, spec_of, whole
 
 Mask = Literal["causal", "bidirectional", "prefix"]
 Remat = Literal["none", "dots", "attention", "full"]
@@ -405,8 +405,8 @@ def skipping(key, x_BTD, branch: Callable, n: int, of: int):
     if B % (of * axis_size("batch")):
         raise UserError(f"model.drop_group={of} does not divide the {B} views of a batch over {axis_size('batch')}"
                         " devices (mesh data x fsdp); choose a divisor of those on a device")
-    rows = functools.partial(jnp.reshape, out_sharding=P(RULES["batch"], *jax.typeof(x_BTD).sharding.spec[1:]))
-    groups = functools.partial(jnp.reshape, out_sharding=P(RULES["batch"], None, *jax.typeof(x_BTD).sharding.spec[1:]))
+    rows = functools.partial(jnp.reshape, out_sharding=P(RULES["batch"], *spec_of(x_BTD)[1:]))
+    groups = functools.partial(jnp.reshape, out_sharding=P(RULES["batch"], None, *spec_of(x_BTD)[1:]))
     order_GR = jnp.argsort(jax.random.uniform(key, (B // of, of), out_sharding=spec("batch")), 1)
     place_GR = jnp.argsort(order_GR, 1)
     x_GRTD = groups(x_BTD, (-1, of, *x_BTD.shape[1:]))

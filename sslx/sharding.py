@@ -6,6 +6,7 @@ visible `gather` before its use, whose transpose reduce-scatters the gradient.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -70,7 +71,17 @@ def spec(*logical: str | None) -> P:
 def axis_size(logical: str) -> int:
     """Over how many devices of the current mesh a logical axis is spread."""
     mesh, axes = jax.sharding.get_abstract_mesh().shape, RULES[logical]
-    return math.prod(mesh.get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes))
+    return math.prod(mesh.get(axis, 1) for axis in axes_of(P(axes)))
+
+
+def spec_of(x) -> P:
+    """The PartitionSpec in the type of an array."""
+    return jax.typeof(x).sharding.spec
+
+
+def axes_of(cut: P) -> tuple[str, ...]:
+    """The axes of the mesh that a PartitionSpec has."""
+    return tuple(axis for part in cut if part is not None for axis in ((part,) if isinstance(part, str) else part))
 
 
 def residual(T: int) -> P:
@@ -107,10 +118,24 @@ def batch_shards(mesh: Mesh) -> int:
 
 def gather(weight: jax.Array) -> jax.Array:
     """A weight with its embed side whole, still sharded over `tensor`. The gradient is reduce-scattered."""
-    cut, axes = (RULES["embed"], RULES["expert_embed"]), jax.typeof(weight).sharding.spec
-    return jax.sharding.reshard(weight, P(*(None if axis in cut else axis for axis in axes)))
+    cut = (RULES["embed"], RULES["expert_embed"])
+    return jax.sharding.reshard(weight, P(*(None if axis in cut else axis for axis in spec_of(weight))))
 
 
 def replicate(x: jax.Array) -> jax.Array:
     """An activation whole on every device, as in the all-pairs products of contrastive losses."""
     return jax.sharding.reshard(x, P())
+
+
+def of_devices(local: Callable, arrays: Sequence[jax.Array], cut: P, n: int) -> Any:
+    """`local` of each device's part of arrays cut alike, summed over the devices that share the first n dimensions.
+
+    What it makes is cut as the other dimensions are.
+    """
+    axes, summed = axes_of(cut), axes_of(P(*cut[:n]))
+    if not axes:
+        return local(*arrays)
+    over = (lambda *parts: jax.lax.psum(local(*parts), summed)) if summed else local
+    # Of these axes alone, since replicas of the work count once; JAX takes some of a mesh's axes under jit only.
+    return jax.jit(jax.shard_map(over, in_specs=cut, out_specs=P(*cut[n:]), axis_names=set(axes),
+                                 check_vma=False))(*arrays)

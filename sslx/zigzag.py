@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sslx.sharding import axis_size
+from sslx.sharding import axis_size, spec_of
 
 
 def pieces() -> list[int]:
@@ -50,7 +50,7 @@ def helps(x_BTD: jax.Array) -> bool:
 
 def scatter(x_BTD: jax.Array) -> jax.Array:
     """A residual stream from the order of time to zigzag; every token is sent once."""
-    cut = jax.typeof(x_BTD).sharding.spec
+    cut = spec_of(x_BTD)
     unit_at = times(2 * x_BTD.shape[1] // tokens_per_device(x_BTD))
 
     # In units of half of what a device has, device d holds 2d and 2d + 1 by time. By zigzag as well it holds an even

@@ -19,7 +19,7 @@ from sslx.objectives.assignment import sinkhorn
 from sslx.objectives.crops import multi
 from sslx.objectives.joint import Tower, embedded, objective
 from sslx.objectives.memory import lookup, spread, write
-from sslx.sharding import replicate
+from sslx.sharding import replicate, spec_of
 
 UNSEEN = -1
 
@@ -90,7 +90,7 @@ def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str,
         value = jnp.float32(0)
         for centroid_KD, cluster_N in zip(centroids, cluster, strict=True):
             logits_VBK = [jnp.einsum("bd,kd->bk", z_BD, centroid_KD) / temperature for z_BD in z_VBD]
-            known_B = cluster_N.at[index_B].get(out_sharding=jax.typeof(index_B).sharding.spec)
+            known_B = cluster_N.at[index_B].get(out_sharding=spec_of(index_B))
             target_B = jnp.where((known_B == UNSEEN) | (index_B < 0), sinkhorn(logits_VBK[0], 1.0).argmax(1), known_B)
             value += sum(cross_entropy(x, target_B).mean() for x in logits_VBK) / (len(z_VBD) * len(clusters))
         memory = [write(x_ND, index_B, z_BD) for x_ND, z_BD in zip(aux["memory"], z_VBD[:2], strict=True)]
