@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     view = dict(size=size, scale=(0.3, 1.0), **looks)
     config.objective = dict(name="nnclr", view=view, queue=64 if debug else 4096, temperature=0.1,
                             hidden=32 if debug else 512, features=16 if debug else 128,
-                            predictor=32 if debug else 512, within=True)
+                            predictor=32 if debug else 512)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=5e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4)
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // (2 if debug else 5),

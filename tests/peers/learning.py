@@ -214,6 +214,8 @@ def built_of(name: str, steps: int, seed: int) -> experiment.Experiment:
         conf.objective.steps = steps
     if name == "swav":  # its queue is another's step at lightly
         conf.objective.queue = 0
+    if name == "nnclr":  # lightly's loss
+        conf.objective.within = True
     if "freeze_prototypes" in conf.optim:
         conf.optim.freeze_prototypes = steps // 20
     return experiment.build(conf, jax.devices()[:1])
