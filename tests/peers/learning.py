@@ -296,13 +296,14 @@ def main() -> None:
     platforms.prepare()
     platforms.enable_compilation_cache()
     torch.set_num_threads(1)
-    everything: dict[str, dict[str, dict[str, dict[str, float]]]] = {}  # of a method, a side, a seed
+    everything: dict[str, Any] = {}  # by steps, method, side and seed
     if given.json and given.json.exists():
         everything = json.loads(given.json.read_text())
+    seeds = given.seeds.split(",")
     print("| kNN-5 / probe, CPU-seconds | sslx | lightly | CPU |\n|---|---|---|---|")
     for name in given.methods or METHODS:
-        found = everything.setdefault(name, {"sslx": {}, "lightly": {}})
-        for seed in given.seeds.split(","):
+        found = everything.setdefault(str(given.steps), {}).setdefault(name, {"sslx": {}, "lightly": {}})
+        for seed in seeds:
             if seed in found["lightly"]:
                 continue
             built = built_of(name, given.steps, int(seed))
@@ -311,7 +312,7 @@ def main() -> None:
                 found["lightly"][seed] = theirs(name, built, given.steps)
             if given.json:
                 given.json.write_text(json.dumps(everything, indent=1) + "\n")
-        means = {side: {k: statistics.fmean(run[k] for run in runs.values()) for k in ("knn", "probe", "cpu_s")}
+        means = {side: {k: statistics.fmean(runs[seed][k] for seed in seeds) for k in ("knn", "probe", "cpu_s")}
                  for side, runs in found.items()}
         cells = [f"{m['knn']:.1f} / {m['probe']:.1f}, {m['cpu_s']:.0f}" for m in means.values()]
         ratio = means["lightly"]["cpu_s"] / means["sslx"]["cpu_s"]
