@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sslx import flops
-from sslx.sharding import of_devices, platform, spec_of
+from sslx.sharding import platform, spec_of, summed_over_devices
 
 WIDE = 512  # elements of what is summed as one row: narrow ones side by side
 CACHED = 1 << 17  # bytes of an array that are summed at a time
@@ -31,7 +31,7 @@ def times(x, s):
 
 def affine(x, s, b):
     """x [..., *C] * s [*C] + b [*C]."""
-    return stretched_and_shifted(x, s, b) if platform() == "cpu" else x * s + b
+    return stretched(x, s, b) if platform() == "cpu" else x * s + b
 
 
 def moments(x):
@@ -42,12 +42,17 @@ def moments(x):
     return first / n, second / n - jnp.square(first / n)
 
 
+def largest_divisor(n: int, most: int) -> int:
+    """The largest divisor of n that is at most `most`, or 1."""
+    return next((k for k in range(min(n, most), 1, -1) if n % k == 0), 1)
+
+
 def sums(terms: Sequence[Callable], arrays: Sequence[jax.Array], n: int) -> list[jax.Array]:
     """Of each term(*arrays), the arrays being alike, the sum over its first n dimensions, float32."""
     def local(*parts):
         N, shared = math.prod(parts[0].shape[:n]), parts[0].shape[n:]
         C = math.prod(shared)
-        side_by_side = next(k for k in range(max(WIDE // C, 1), 0, -1) if N % k == 0)
+        side_by_side = largest_divisor(N, WIDE // C)
         parts = [part.reshape(N // side_by_side, side_by_side * C) for part in parts]
         rows = len(parts[0])
         at_a_time = min(rows, max(CACHED // parts[0][0].nbytes, 1))
@@ -68,7 +73,7 @@ def sums(terms: Sequence[Callable], arrays: Sequence[jax.Array], n: int) -> list
         return [total.reshape(side_by_side, *shared).sum(0) for total in totals]
 
     with flops.summing():
-        return of_devices(local, arrays, spec_of(arrays[0]), n)
+        return summed_over_devices(local, arrays, spec_of(arrays[0]), n)
 
 
 @jax.custom_vjp
@@ -77,13 +82,9 @@ def shifted(x, b):
 
 
 @jax.custom_vjp
-def stretched(x, s):
-    return x * s
-
-
-@jax.custom_vjp
-def stretched_and_shifted(x, s, b):
-    return x * s + b
+def stretched(x, s, *b):
+    """x * s, and if there is a b, plus that."""
+    return sum(b, start=x * s)
 
 
 @jax.custom_vjp
@@ -98,15 +99,9 @@ def shifted_backward(b, d):
 
 
 def stretched_backward(kept, d):
-    x, s = kept
+    x, s, *b = kept
     d = jax.lax.optimization_barrier(d)
-    return d * s, *like([s], [operator.mul], d, x)
-
-
-def stretched_and_shifted_backward(kept, d):
-    x, s, b = kept
-    d = jax.lax.optimization_barrier(d)
-    return d * s, *like([s, b], [operator.mul, lambda d, x: d], d, x)
+    return d * s, *like([s, *b], [operator.mul, *[lambda d, x: d] * len(b)], d, x)
 
 
 def powers_backward(x, d):
@@ -122,6 +117,5 @@ def like(shared: Sequence[jax.Array], terms: Sequence[Callable], *arrays: jax.Ar
 
 
 shifted.defvjp(lambda x, b: (x + b, b), shifted_backward)
-stretched.defvjp(lambda x, s: (x * s, (x, s)), stretched_backward)
-stretched_and_shifted.defvjp(lambda x, s, b: (x * s + b, (x, s, b)), stretched_and_shifted_backward)
+stretched.defvjp(lambda *kept: (stretched(*kept), kept), stretched_backward)
 powers.defvjp(lambda x: (powers(x), x), powers_backward)

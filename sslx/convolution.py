@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sslx import flops
-from sslx.sharding import of_devices, platform, spec_of
+from sslx.channels import largest_divisor
+from sslx.sharding import platform, spec_of, summed_over_devices
 
 CACHED = 1 << 19  # bytes that the products of a kernel's gradient read of images at a time
 
@@ -78,7 +79,7 @@ def kernel_gradient(x_BHWC, d_BHWO, shape: tuple[int, ...], stride: int):
 
     def local(x, d):
         _, rows, cols, features = d.shape
-        n = images_at_a_time(len(x), rows * cols * k * k * C * x.dtype.itemsize)
+        n = largest_divisor(len(x), CACHED // (rows * cols * k * k * C * x.dtype.itemsize))
 
         def add(total_KKCO, part):
             x, d = part
@@ -92,7 +93,7 @@ def kernel_gradient(x_BHWC, d_BHWO, shape: tuple[int, ...], stride: int):
         parts = tuple(y.reshape(-1, n, *y.shape[1:]) for y in (x, d))
         return jax.lax.scan(add, jnp.zeros((k, k, C, features)), parts)[0]
 
-    return of_devices(local, (x_BHWC, d_BHWO), P(*spec_of(x_BHWC)[:1]), 1)
+    return summed_over_devices(local, (x_BHWC, d_BHWO), P(*spec_of(x_BHWC)[:1]), 1)
 
 
 def of_row(across_KCBHW, d_BHWO, i: int, stride: int):
@@ -105,11 +106,6 @@ def of_row(across_KCBHW, d_BHWO, i: int, stride: int):
     seen = jax.lax.slice_in_dim(across_KCBHW, first * stride - above, last * stride - above + 1, stride, 3)
     return jnp.einsum("jcbhw,bhwo->jco", jax.lax.optimization_barrier(seen), d_BHWO[:, first:last + 1],
                       preferred_element_type=jnp.float32)
-
-
-def images_at_a_time(images: int, size: int) -> int:
-    """The largest divisor of so many images of which, at `size` bytes each, as many fit into CACHED; at least 1."""
-    return next(n for n in range(min(images, max(CACHED // size, 1)), 0, -1) if images % n == 0)
 
 
 def patches(x_BHWC, k: int, stride: int):

@@ -127,7 +127,7 @@ def replicate(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, P())
 
 
-def of_devices(local: Callable, arrays: Sequence[jax.Array], cut: P, n: int) -> Any:
+def summed_over_devices(local: Callable, arrays: Sequence[jax.Array], cut: P, n: int) -> Any:
     """`local` of each device's part of arrays cut alike, summed over the devices that share the first n dimensions.
 
     What it makes is cut as the other dimensions are.
