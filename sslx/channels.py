@@ -39,7 +39,8 @@ def moments(x):
     first, second = (powers(x) if platform() == "cpu" else
                      [y.sum(tuple(range(x.ndim - 1))) for y in (x, jnp.square(x))])
     n = math.prod(x.shape[:-1])
-    return first / n, second / n - jnp.square(first / n)
+    # What is rounded may leave less than nothing of the difference, of numbers that hardly differ.
+    return first / n, jnp.maximum(second / n - jnp.square(first / n), 0)
 
 
 def largest_divisor(n: int, most: int) -> int:

@@ -148,6 +148,11 @@ def build(conf: ml_collections.ConfigDict, devices: list | None = None, source: 
         raise UserError(f"config.data.batch_size={data.batch_size} does not divide into {run.accumulate} micro-batches"
                         f" (run.accumulate) over {batch_shards(mesh)} devices (mesh data x fsdp);"
                         f" choose a multiple of {rows}")
+    calls, lasts = run.steps * run.accumulate, sections["objective"].get("steps")
+    if run.accumulate > 1 and isinstance(lasts, int) and lasts < calls:
+        raise UserError(f"config.objective.steps={lasts} is over before the run is: it counts calls of the loss, and"
+                        f" there are run.steps * run.accumulate = {calls} of them; set it to that, and what else"
+                        " config.objective counts in steps in proportion")
     model = config.build("models", sections["model"], "config.model")
     source = pipeline.source(data.train, "config.data.train", data.on_bad) if source is None else source
     if data.synthetic is not None:

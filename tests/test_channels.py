@@ -52,6 +52,14 @@ def test_values_and_gradients_are_those_of_plain_arithmetic(name, shape, shared)
         np.testing.assert_allclose(got, correct, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mean, sd", [(3.0, 1e-3), (10.0, 1e-3), (10.0, 1e-4), (30.0, 1e-2)])
+def test_variances_of_features_that_hardly_vary_are_not_negative(mean, sd):
+    x = mean * np.linspace(1, 2, 64, dtype=np.float32) + sd * normal((512, 64))
+    var = channels.moments(x)[1]
+    assert (var >= 0).all()
+    np.testing.assert_allclose(var, sd**2, atol=4e-6 * mean**2)
+
+
 @pytest.mark.parametrize("rows", [300, 4099])
 def test_a_sum_of_bfloat16_is_rounded_once(rows):
     x, b, weights = normal((rows, 65), "bfloat16"), normal(65, "bfloat16", 1), normal((rows, 65), "bfloat16", 2)

@@ -79,8 +79,8 @@ class Queue(NamedTuple):
         """All of the queue, [S, W, D], in slots of `rows`, which may be a part of the batch that it was made for."""
         S, W, D = carried["rows"].shape
         if W % rows:
-            raise UserError(f"a queue filled by batches of {W} rows takes batches that divide {W} or are a multiple of"
-                            f" it, not {rows}: see run.accumulate and evals.batch_size")
+            raise UserError(f"a queue filled by batches of {W} rows takes batches that divide {W}, not {rows}:"
+                            " see run.accumulate and evals.batch_size")
         parts = jnp.reshape(carried["rows"], (S, rows, W // rows, D), out_sharding=spec(None, "batch"))
         return jnp.moveaxis(parts, 2, 1).reshape(-1, rows, D)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sslx import flops
-from sslx.config import Count, Natural, Positive
+from sslx.config import Count, Natural, Positive, UserError
 from sslx.data import Info
 from sslx.layers import cross_entropy
 from sslx.models import Backbone
@@ -57,6 +57,9 @@ def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str,
                 data. Until an image was clustered, it is in the cluster that Sinkhorn's algorithm gives its first
                 crop most of: balanced, as the nearest one would not stay.
     """
+    if max(clusters) > n_examples:
+        raise UserError(f"config.objective.clusters={clusters} are more than the {n_examples} examples of"
+                        " config.data.train")
     crops = multi(global_view, second, local_view, n_local)
     tower = Tower(model, {"projector": Projector(hidden, features, 2, model.dtype, normed=False, bias=True)})
 

@@ -9,10 +9,11 @@ from sslx.objectives import Objective
 from sslx.objectives.crops import multi
 from sslx.objectives.masked_distillation import by_sinkhorn, masked_distillation
 from sslx.objectives.token_tower import Head, TokenTower, check_tokens
+from sslx.views.image import Shares
 
 
 def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dict[str, Any], local_view: dict[str, Any],
-         second: dict[str, Any] | None = None, n_local: Natural = 8, mask_ratio: tuple[Share, Share] = (0.1, 0.5),
+         second: dict[str, Any] | None = None, n_local: Natural = 8, mask_ratio: Shares = (0.1, 0.5),
          mask_probability: Share = 0.5, n_prototypes: Count = 131072, hidden: Count = 2048, bottleneck: Count = 384,
          patch_bottleneck: Count = 256,
          patch_weight: Nonnegative = 1.0, koleo_weight: Nonnegative = 0.1, gram_weight: Nonnegative = 0.0,

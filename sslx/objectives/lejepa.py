@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sslx import config
-from sslx.config import LARGEST_INT, Count, Natural, Only, Positive, Share
+from sslx.config import LARGEST_INT, Count, Natural, Only, Positive, Share, UserError
 from sslx.data import Info
 from sslx.models import Backbone
 from sslx.models.heads import Projector, unit
@@ -47,6 +47,8 @@ def make(model: Backbone, info: Info, *, global_view: dict[str, Any], local_view
     weight:     w of SIGReg, along `directions` that are drawn anew at each step.
     knots, furthest: of its integral.
     """
+    if n_global + n_local < 2:
+        raise UserError(f"config.objective.n_local={n_local} leaves no view to compare with: it takes 1, or n_global=2")
     tower = Tower(model, {"projector": Projector(hidden, features, 3, model.dtype, normed=False)})
     views = [config.call(augmentation, global_view, "config.objective.global_view")] * n_global
     crops = Crops(views, config.call(augmentation, local_view, "config.objective.local_view"), n_local)

@@ -20,7 +20,7 @@ from sslx.objectives.teacher import Teacher, linear, moving_average
 from sslx.objectives.token_tower import TokenTower
 from sslx.sharding import replicate, spec
 from sslx.views import separate
-from sslx.views.image import block_masks
+from sslx.views.image import Shares, block_masks
 
 
 class Centring(NamedTuple):
@@ -83,7 +83,7 @@ def gram_anchoring(x_NTD, anchor_NTD):
 
 def masked_distillation(
     tower: TokenTower, info: Info, crops: Crops, centring: Centring, *, steps: Count, momentum: tuple[Share, Share],
-    mask_ratio: tuple[Share, Share], mask_probability: Share, patch_weight: Nonnegative, student_temperature: Positive,
+    mask_ratio: Shares, mask_probability: Share, patch_weight: Nonnegative, student_temperature: Positive,
     teacher_temperature: tuple[Positive, Positive], temperature_warmup: Steps,
     koleo_weight: Nonnegative = 0.0, gram_weight: Nonnegative = 0.0,
     gram_from: Steps = 0, gram_every: Steps = 0) -> Objective:

@@ -250,7 +250,9 @@ def in_steps(study: Study, n: int) -> Changes:
 
 def lasting(study: Study, n: int) -> Changes:
     """What a run of `n` steps sets."""
-    ends = {f"{section}.steps": n for section in ("run", "optim", "objective") if "steps" in study.sections[section]}
+    calls = n * study.run.accumulate  # of the loss, which those of an objective count
+    ends = {f"{section}.steps": steps for section, steps in (("run", n), ("optim", n), ("objective", calls))
+            if "steps" in study.sections[section]}
     return ends | shares(study, n)
 
 

@@ -20,6 +20,7 @@ from sslx.config import Count, Nonnegative, Only, Share, UserError
 
 Areas = Annotated[tuple[float, float], Only(lambda s: 0 < s[0] <= s[1] <= 1, "two areas, 0 < least <= greatest <= 1")]
 Interval = Annotated[tuple[float, float], Only(lambda r: 0 < r[0] <= r[1], "two positive numbers, the least first")]
+Shares = Annotated[tuple[float, float], Only(lambda s: 0 <= s[0] <= s[1] <= 1, "two shares from 0 to 1, least first")]
 Hue = Annotated[float, Only(lambda d: 0 <= d <= 0.5, "a shift from 0 to 0.5 turns")]
 
 LUMA = (0.2989, 0.587, 0.114)
@@ -312,7 +313,7 @@ def unpatchify(patches_BND: jax.Array, p: int, shape: tuple[int, int, int]) -> j
     return reshape(tiles.transpose(0, 1, 3, 2, 4, 5), (batch, height, width, channels))
 
 
-def block_masks(key: jax.Array, batch: int, grid: tuple[int, int], shares: tuple[float, float],
+def block_masks(key: jax.Array, batch: int, grid: tuple[int, int], shares: Shares,
                 probability: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(hidden bool [B, N], ids [B, M] of patches, weights [B, M]) of masks for patches of a grid, in blocks.
 

@@ -17,7 +17,7 @@ from sslx.models import heads
 from sslx.objectives.assignment import centred, sinkhorn, swapped_prediction
 from sslx.objectives.barlow_twins import redundancy_reduction
 from sslx.objectives.byol import prediction_error
-from sslx.objectives.clip import symmetric_info_nce
+from sslx.objectives.clip import inverse_temperature, symmetric_info_nce
 from sslx.objectives.contrast import info_nce
 from sslx.objectives.crops import pair
 from sslx.objectives.dino import self_distillation
@@ -403,6 +403,14 @@ def test_parts_of_all_pairs_are_all_pairs(chunks, one_device):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), parts(a, b), whole(a, b))
     with pytest.raises(UserError, match="config.objective.chunks=3 does not divide"):
         sigmoid_contrast(a, b, 5.0, -2.0, 3)
+
+
+@pytest.mark.parametrize("log_scale, slope, expected", [(2.0, -1, -np.exp(2)), (2.0, 1, np.exp(2)),
+                                                        (5.0, -1, 0), (5.0, 1, 100)])
+def test_a_temperature_beyond_its_bound_comes_back(log_scale, slope, expected):
+    """By gradients of a loss that falls with 1 / t and of one that rises; it goes no further."""
+    value, gradient = jax.value_and_grad(lambda s: slope * inverse_temperature(s))(log_scale)
+    np.testing.assert_allclose((value, gradient), (slope * min(np.exp(log_scale), 100), expected), rtol=1e-6)
 
 
 def test_second_view_of_another_size_is_refused():
