@@ -11,7 +11,7 @@ import ml_collections
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     debug, digits = arg == "debug", arg in ("debug", "digits")
-    steps = 24 if debug else 1200  # 20 minutes of a core
+    steps = 24 if debug else 1200  # 10 to 16 minutes of a core
     size = 16 if digits else 28
     images = dict(name="digits") if digits else dict(name="idx", path="fashion-mnist")
     config = ml_collections.ConfigDict()

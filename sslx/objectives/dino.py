@@ -37,6 +37,7 @@ def make(model: Backbone, info: Info, *, steps: Count, global_view: dict[str, An
     global_view, local_view: arguments of `views.image.augmentation`. second: what is otherwise in the second global
                          view; the paper blurs the first always, the second seldom, and solarizes it.
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
+    centre_momentum:     of the moving mean of the teacher's logits.
     batch_norm:          between the layers of the projector; the paper's code has it for convolutional networks. Class
                          tokens differ little at first, and without it a short run may end with uniform assignments.
     """

@@ -31,9 +31,10 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
     bottleneck, patch_bottleneck: dimensions in which class tokens and patches meet their prototypes.
     gram_weight:         of `gram_anchoring` of patches from step `gram_from` on, to those of the teacher as it was
                          then, and every `gram_every` steps after (0: never again); DINOv3: 2, from step 10^6 on.
+                         Unless it is 0 the anchor is carried, and its forward pass made, from the first step on.
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
     iterations:          of Sinkhorn's algorithm.
-    batch_norm:          between the layers of the heads' MLPs: see dino.
+    batch_norm:          between the layers of the heads' MLPs: see dino; its moments are of all patches with logits.
     """
     check_tokens(model, global_view)
     heads = {name: Head(hidden, neck, n_prototypes, model.dtype, batch_norm)

@@ -27,8 +27,9 @@ def make(model: VisionTransformer, info: Info, *, steps: Count, global_view: dic
     mask_ratio, mask_probability: of `views.image.block_masks`, of the large crops.
     shared_head:         the same MLP and prototypes for class token and patches.
     patch_weight:        of the prediction of hidden patches.
+    centre_momentum:     of the centres, the moving means of the teacher's logits of class tokens and of hidden patches.
     teacher_temperature: linear from the first to the second over `temperature_warmup` steps.
-    batch_norm:          between the layers of the MLP: see dino.
+    batch_norm:          between the layers of the MLP: see dino; its moments are of all patches with logits.
     """
     check_tokens(model, global_view)
     head = Head(hidden, bottleneck, n_prototypes, model.dtype, batch_norm)

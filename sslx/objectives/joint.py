@@ -72,7 +72,10 @@ class Tower(NamedTuple):
 
 
 def embedded(tower: Tower, params, stats, crops: Crops, drawn: Drawn):
-    """({name: what the part makes of each crop, [B, D] each, large ones first}, stats moved on)"""
+    """({name: what the part makes of each crop, [B, D] each, large ones first}, stats moved on)
+
+    Heads see either size by itself, and so have its batch statistics.
+    """
     found: dict[str, list[jax.Array]] = {name: [] for name, _, _ in tower.parts}
     for i, (images, n) in enumerate(((drawn.large, len(crops.large)), (drawn.small, crops.n_small))):
         if images is not None:

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from experiments import CONFIGS, first_batch
+from experiments import CONFIGS
 from test_losses import assert_same, nll, softmax, unit
 
-from sslx import config
 from sslx.config import UserError
 from sslx.experiment import build
 from sslx.models import heads
@@ -19,9 +18,8 @@ from sslx.objectives.barlow_twins import redundancy_reduction
 from sslx.objectives.byol import prediction_error
 from sslx.objectives.clip import inverse_temperature, symmetric_info_nce
 from sslx.objectives.contrast import info_nce
-from sslx.objectives.crops import pair
 from sslx.objectives.dino import self_distillation
-from sslx.objectives.joint import Tower, mean_cosine
+from sslx.objectives.joint import mean_cosine
 from sslx.objectives.lejepa import sigreg
 from sslx.objectives.masked_distillation import gram_anchoring, koleo, masked_prediction
 from sslx.objectives.moco import queue_contrast
@@ -33,7 +31,6 @@ from sslx.objectives.vicreg import covariance, invariance, variance
 from sslx.objectives.vicregl import local_criterion
 from sslx.objectives.w_mse import whitened
 from sslx.sharding import batch_sharding, make_mesh
-from sslx.views import separate
 
 
 def constant(name, *shape):
@@ -418,25 +415,3 @@ def test_second_view_of_another_size_is_refused():
     conf.objective.second = dict(size=8)
     with pytest.raises(UserError, match="config.objective.second.size=8 must be config.objective.view.size=16"):
         build(conf)
-
-
-@pytest.mark.parametrize("within, temperature, by_the_paper", [(False, 0.2, info_nce_by_the_paper),
-                                                               (True, 0.5, simclr_by_the_paper)])
-def test_nnclr_predicts_what_is_nearest_in_its_queue(within, temperature, by_the_paper):
-    conf = CONFIGS["nnclr_fashion_mnist"].copy_and_resolve_references()
-    conf.objective.update(within=within, temperature=temperature)
-    built, o, key = build(conf, jax.devices()[:1]), conf.objective, jax.random.key(3)
-    model = config.build("models", conf.model, "config.model")
-    tower = Tower(model, {"projector": heads.Projector(o.hidden, o.features, 3),
-                          "predictor": heads.Projector(o.predictor, o.features, 2, normed=False, bias=True)})
-    with jax.set_mesh(built.mesh):
-        batch = first_batch(built)
-        params, aux = built.objective.init(jax.random.key(0), batch)
-        value, (after, _) = built.objective.loss(params, aux, batch, key)
-        shown = pair(dict(o.view), None)(jax.random.split(key)[0], batch["image"])[0]
-        made = tower(params, aux["stats"], shown)[0]
-    (z_1, z_2), (p_1, p_2) = (np.float64(separate(made[name], 2)) for name in ("projector", "predictor"))
-    queue = np.float64(aux["queue"]["rows"]).reshape(-1, o.features)
-    near_1, near_2 = (queue[(unit(z) @ queue.T).argmax(1)] for z in (z_1, z_2))
-    np.testing.assert_allclose(value, (by_the_paper(near_1, p_2) + by_the_paper(near_2, p_1)) / 2, rtol=1e-5)
-    np.testing.assert_allclose(after["queue"]["rows"][0], unit(z_1), atol=1e-5)
