@@ -216,7 +216,9 @@ LOSSES: dict[str, tuple[str, dict[str, Any], Callable[[Seen], float]]] = {
     "simsiam": ("simsiam", {}, simsiam),
     "barlow_twins": ("barlow_twins", dict(off_diagonal=5e-3), of_two(barlow_by_the_paper)),
     "vicreg": ("vicreg", {}, of_two(vicreg_by_the_paper, "expander")),
-    "w_mse": ("w_mse", dict(shrinkage=0.0), of_two(w_mse_by_the_paper)),
+    "w_mse": ("w_mse", dict(shrinkage=0.0, groups=1), of_two(w_mse_by_the_paper)),
+    "w_mse, in groups": ("w_mse", dict(shrinkage=0.0, groups=2), of_two(lambda a, b: np.mean([
+        w_mse_by_the_paper(a[g::2], b[g::2]) for g in range(2)]))),
     "sup_con": ("sup_con", {}, sup_con),
     "swav": ("swav", dict(queue_from=0), swav),
     "deepcluster": ("deepcluster", {}, deepcluster),

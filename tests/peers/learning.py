@@ -186,8 +186,12 @@ def projector(D: int, o: Any, depth: int, norm: nn.Module | None) -> modules.hea
 
 def w_mse(D: int, o: Any, steps: int) -> Made:
     head = projector(D, o, 2, nn.BatchNorm1d(o.features, affine=False))
-    criterion = losses.WMSELoss(o.features, eps=o.shrinkage)
-    return Made([head], lambda net, views, step: criterion(torch.cat([head(net(x)) for x in views])))
+
+    def loss(net, views, step):
+        criterion = losses.WMSELoss(o.features, eps=o.shrinkage, w_size=len(views[0]) // o.groups)
+        return criterion(torch.cat([head(net(x)) for x in views]))
+
+    return Made([head], loss)
 
 
 def lejepa(D: int, o: Any, steps: int) -> Made:
