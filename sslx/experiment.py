@@ -148,11 +148,6 @@ def build(conf: ml_collections.ConfigDict, devices: list | None = None, source: 
         raise UserError(f"config.data.batch_size={data.batch_size} does not divide into {run.accumulate} micro-batches"
                         f" (run.accumulate) over {batch_shards(mesh)} devices (mesh data x fsdp);"
                         f" choose a multiple of {rows}")
-    calls, lasts = run.steps * run.accumulate, sections["objective"].get("steps")
-    if run.accumulate > 1 and isinstance(lasts, int) and lasts < calls:
-        raise UserError(f"config.objective.steps={lasts} is over before the run is: it counts calls of the loss, and"
-                        f" there are run.steps * run.accumulate = {calls} of them; set it to that, and what else"
-                        " config.objective counts in steps in proportion")
     model = config.build("models", sections["model"], "config.model")
     source = pipeline.source(data.train, "config.data.train", data.on_bad) if source is None else source
     if data.synthetic is not None:
@@ -168,6 +163,11 @@ def build(conf: ml_collections.ConfigDict, devices: list | None = None, source: 
         raise UserError(f"config.model.name={sections['model']['name']!r} reads {model.modality}, and"
                         f" config.data.train.name={data.train['name']!r} is a source of {source.info.modality}")
     objective, growth = objective_on(source.info), None
+    calls, lasts = run.steps * run.accumulate, sections["objective"].get("steps")
+    if run.accumulate > 1 and lasts is not None and lasts < calls:
+        raise UserError(f"config.objective.steps={lasts} is over before the run is: it counts calls of the loss, and"
+                        f" there are run.steps * run.accumulate = {calls} of them; set it to that, and what else"
+                        " config.objective counts in steps in proportion")
     if sections["model"].get("base") is not None:
         narrow = config.build("models", narrowed(sections["model"]), "config.model")
         batch = abstract_batch(source.info, data.batch_size, objective.reads)
