@@ -167,8 +167,9 @@ def flags_of(changes: dict[str, Any]) -> str:
 def lighter(conf: ml_collections.ConfigDict) -> list[dict[str, Any]]:
     """Changes of a config that may need less memory."""
     model, mesh = conf.model, conf.mesh
-    batch, accumulate = conf.data.batch_size, conf.run.get("accumulate", 1)
-    tries: list[dict[str, Any]] = [{"data.batch_size": batch // 2}, {"run.accumulate": 2 * accumulate},
+    batch, accumulate, calls = conf.data.batch_size, conf.run.get("accumulate", 1), conf.objective.get("steps")
+    of_calls = {} if calls is None else {"objective.steps": 2 * calls}
+    tries: list[dict[str, Any]] = [{"data.batch_size": batch // 2}, {"run.accumulate": 2 * accumulate} | of_calls,
                                    {"optim.moments": "bfloat16"}, {"optim.parameters": "bfloat16"}]
     if mesh.get("fsdp", 1) == 1:
         tries.append({"mesh.data": 1, "mesh.fsdp": -1})

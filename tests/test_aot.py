@@ -8,7 +8,7 @@ import runpy
 
 import jax
 import pytest
-from experiments import PODS, ROOT
+from experiments import CONFIGS, PODS, ROOT
 
 from sslx import aot, command, train
 from sslx.config import changed
@@ -97,6 +97,11 @@ def test_what_a_remedy_prints_can_be_typed():
         typed = parsed(*aot.flags_of(change).split())
         assert typed.to_dict() == changed(conf, change).to_dict()
         assert typed.to_dict() != conf.to_dict()
+
+
+def test_twice_the_calls_of_a_loss_are_twice_the_steps_of_its_schedule():
+    conf = CONFIGS["byol_fashion_mnist"]
+    assert {"run.accumulate": 2, "objective.steps": 2 * conf.objective.steps} in aot.lighter(conf)
 
 
 def test_parameters_in_bfloat16_take_half_the_memory():
