@@ -22,8 +22,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     looks = (dict(flip=0.0, brightness=0.4, contrast=0.4, blur=0.0) if digits else
              dict(flip=0.5, jitter=1.0, brightness=0.8, contrast=0.8, blur=0.5, solarize=0.2))
     view = dict(size=size, scale=(0.3, 1.0), **looks)
-    config.objective = dict(name="w_mse", view=view, shrinkage=1e-4, hidden=32 if debug else 512,
-                            features=4 if debug else 128)
+    config.objective = dict(name="w_mse", view=view, groups=1 if debug else 2, shrinkage=0.0,
+                            hidden=32 if debug else 512, features=4 if debug else 64)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=2e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4)
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // (2 if debug else 5),

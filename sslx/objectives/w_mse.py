@@ -44,7 +44,8 @@ def make(model: Backbone, info: Info, *, view: dict[str, Any], second: dict[str,
 
     view:      arguments of `views.image.augmentation`. second: what is otherwise in the second view.
     groups:    parts of the batch that are whitened by themselves.
-    shrinkage: share of the identity in what is inverted.
+    shrinkage: share of the identity in what is inverted, for batches of hardly more rows than features. The loss falls
+               where the covariance is less than it: in long runs features then lose their rank, however small it is.
     """
     # Whitening undoes the last norm, but for the identity: features that are small would be left as they are.
     tower = Tower(model, {"projector": Projector(hidden, features, 2, model.dtype)})
