@@ -253,17 +253,22 @@ def drawn(built: experiment.Experiment, steps: int) -> Iterator[Views]:
     def crops(i, batch):
         key = jax.random.split(jax.random.fold_in(jax.random.key(built.run.seed), i))[0]
         shown = built.objective.show(None, None, batch, key)
-        return [x.transpose(0, 3, 1, 2) for caption, x in shown.items() if caption != "input"]
+        return [x for caption, x in shown.items() if caption != "input"]
 
     crops(0, next(built.batches(0, 1))[0])
     for i, (batch, _) in enumerate(built.batches(0, steps)):
-        yield [torch.from_numpy(np.array(x)) for x in crops(i, batch)]
+        yield [channels_first(x) for x in crops(i, batch)]
+
+
+def channels_first(images) -> torch.Tensor:
+    """Images with channels before places, as PyTorch counts them, which lie last in memory as they did."""
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
 
 
 def theirs(name: str, built: experiment.Experiment, steps: int) -> dict[str, float]:
     torch.manual_seed(built.run.seed)
     conf = built.config
-    net = ResNet(conf["model"]["stages"], conf["model"]["width"])
+    net = ResNet(conf["model"]["stages"], conf["model"]["width"]).to(memory_format=torch.channels_last)  # a tenth faster
     options = argparse.Namespace(**conf["objective"])
     made = METHODS[name](net.features, options, steps)
     parameters = [p for module in (net, *made.beside) for p in module.parameters()]
@@ -285,7 +290,7 @@ def theirs(name: str, built: experiment.Experiment, steps: int) -> dict[str, flo
 
     @torch.no_grad()
     def features(images):
-        return judged(torch.from_numpy(np.asarray(images, np.float32) / 255).permute(0, 3, 1, 2)).numpy()
+        return judged(channels_first(np.float32(images) / 255)).numpy()
 
     return {"cpu_s": spent} | learnt(features, built)
 
