@@ -53,13 +53,40 @@ def test_retrieval_counts_who_is_nearer(noise):
     assert (found["retrieval/text_at_1"] == 1) == (noise == 0)
 
 
-def test_zero_shot_is_the_nearest_name():
+@pytest.mark.parametrize("towers", [("text",), ("image",), ("image", "text")])
+@pytest.mark.parametrize("value", [1.0, np.nan])
+def test_towers_that_tell_nothing_apart_find_no_pairs(towers, value):
+    judged, embed, _ = subject(0.0)
+    judged.embed = lambda batch: {side: np.full_like(x, value) if side in towers else x
+                                  for side, x in embed(batch).items()}
+    found = retrieval.make(k=(1, 10))(judged)
+    for k in (1, 10):
+        assert found[f"retrieval/text_at_{k}"] <= k / N and found[f"retrieval/image_at_{k}"] <= k / N
+
+
+def test_pairs_of_one_caption_share_its_place():
+    judged, embed, source = subject(0.0)
+    fields = source.examples.fields
+    fields["tokens"][:] = fields["tokens"][np.arange(N) // 2 * 2]  # two of each
+    fields["image"][:] = fields["image"][np.arange(N) // 2 * 2]
+    found = retrieval.make(k=(1, 2))(judged)
+    assert all(found[f"retrieval/{side}_at_{k}"] == 1 for side in ("text", "image") for k in (1, 2))
+
+
+@pytest.mark.parametrize("templates", [("{}",), ("{}", "the {}"), ("{} there", "some {}", "no {}")])
+def test_zero_shot_is_the_nearest_class(templates):
     judged, embed, source = subject(0.3)
-    found = zero_shot.make()(judged)["zero_shot/accuracy"]
-    names = {"image": np.zeros((3, 1, 1, 1), np.uint8), "tokens": captions.padded(list(NAMES), ENCODER, 4)[0]}
-    text = embed(names)["text"]
+    found = zero_shot.make(templates=templates)(judged)["zero_shot/accuracy"]
+    text = 0
+    for template in templates:
+        tokens, _ = captions.padded([template.format(name) for name in NAMES], ENCODER, 4)
+        text = text + embed({"image": np.zeros((3, 1, 1, 1), np.uint8), "tokens": tokens})["text"]
     image = embed(source.examples.fields)["image"]
-    assert found == pytest.approx(((image @ text.T).argmax(1) == np.arange(N) % 3).mean())
+    cosines = image @ text.T / np.linalg.norm(text, axis=1)
+    assert found == pytest.approx((cosines.argmax(1) == np.arange(N) % 3).mean())
+
+
+def test_a_template_without_a_name_is_an_error():
     with pytest.raises(UserError, match="no {} where"):
         zero_shot.make(templates=("a photo",))
 
