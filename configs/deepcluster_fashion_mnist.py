@@ -23,9 +23,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
              dict(flip=0.5, jitter=1.0, brightness=0.8, contrast=0.8, blur=0.5, solarize=0.2))
     crops = dict(global_view=looks | dict(size=size, scale=(0.4, 1.0)),
                  local_view=looks | dict(size=small, scale=(0.15, 0.4)))
-    pass_ = 6 if debug else 5 if digits else 234  # steps in which all images are seen
     config.objective = dict(name="deepcluster", **crops, n_local=2, clusters=(16,) * 2 if debug else (256,) * 3,
-                            every=pass_, hidden=32 if debug else 512, features=16 if debug else 128)
+                            passes=0.14 if debug else 1.0, hidden=32 if debug else 512, features=16 if debug else 128)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=5e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4)
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // (2 if debug else 5),

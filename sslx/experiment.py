@@ -164,7 +164,7 @@ def build(conf: ml_collections.ConfigDict, devices: list | None = None, source: 
                         f" config.data.train.name={data.train['name']!r} is a source of {source.info.modality}")
     objective, growth = objective_on(source.info), None
     calls, lasts = run.steps * run.accumulate, sections["objective"].get("steps")
-    if run.accumulate > 1 and lasts is not None and lasts < calls:
+    if lasts is not None and lasts < calls:
         raise UserError(f"config.objective.steps={lasts} is over before the run is: it counts calls of the loss, and"
                         f" there are run.steps * run.accumulate = {calls} of them; set it to that, and what else"
                         " config.objective counts in steps in proportion")

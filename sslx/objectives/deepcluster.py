@@ -3,6 +3,7 @@
 B batch, N examples, J remembered views, D features, K clusters, H heads of them.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -46,16 +47,17 @@ def k_means(x_ND, start_KD, iterations: int):
 
 def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str, Any], local_view: dict[str, Any],
          second: dict[str, Any] | None = None, n_local: Natural = 6, clusters: tuple[Count, ...] = (3000, 3000, 3000),
-         every: Count, iterations: Count = 10, temperature: Positive = 0.1, hidden: Count = 2048,
+         passes: Positive = 1.0, iterations: Count = 10, temperature: Positive = 0.1, hidden: Count = 2048,
          features: Count = 128) -> Objective:
     """DeepCluster v2: each head clusters the features of one of two global crops, and every crop predicts its cluster.
 
     global_view, local_view: arguments of `views.image.augmentation`. second: what is otherwise in the second global
                 view.
     clusters:   of each head.
-    every:      steps after which features are clustered anew, by `iterations` of k-means: those of a pass over the
-                data. Until an image was clustered, it is in the cluster that Sinkhorn's algorithm gives its first
+    passes:     over the data, in whole batches, after which features are clustered anew by `iterations` of k-means.
+                Until an image was clustered, it is in the cluster that Sinkhorn's algorithm gives its first
                 crop most of: balanced, as the nearest one would not stay.
+    Raises UserError if fewer images are seen by then than there are clusters.
     """
     if max(clusters) > n_examples:
         raise UserError(f"config.objective.clusters={clusters} are more than the {n_examples} examples of"
@@ -70,7 +72,15 @@ def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str,
         return {"stats": stats, "step": jnp.int32(0), "memory": [unseen_ND] * 2, "centroids": start,
                 "cluster": [jnp.full(len(unseen_ND), UNSEEN) for _ in clusters]}
 
-    def clustered(key, memory):
+    def period(rows):
+        """Calls of the loss, each with so many rows, from one clustering to the next."""
+        every = max(1, int(passes * n_examples) // rows)
+        if every * rows < max(clusters):
+            raise UserError(f"config.objective.passes={passes} of batches of {rows} are {every * rows} images, fewer"
+                            f" than config.objective.clusters={clusters}")
+        return every
+
+    def clustered(key, memory, every):
         """(centroids, clusters) of every head."""
         found = []
         for h, k in enumerate(clusters):
@@ -85,9 +95,10 @@ def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str,
 
     def loss(params, aux, drawn):
         index_B, step = drawn.batch["index"], aux["step"]
+        every = period(len(index_B))
         centroids, cluster = jax.lax.cond(
-            (step % every == 0) & (step > 0), clustered, lambda *_: (aux["centroids"], aux["cluster"]),
-            drawn.key, aux["memory"])
+            (step % every == 0) & (step > 0), functools.partial(clustered, every=every),
+            lambda *_: (aux["centroids"], aux["cluster"]), drawn.key, aux["memory"])
         made, stats = embedded(tower, params, aux["stats"], crops, drawn)
         z_VBD = [unit(x) for x in made["projector"]]
         value = jnp.float32(0)

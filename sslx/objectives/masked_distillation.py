@@ -86,7 +86,7 @@ def masked_distillation(
     mask_ratio: Shares, mask_probability: Share, patch_weight: Nonnegative, student_temperature: Positive,
     teacher_temperature: tuple[Positive, Positive], temperature_warmup: Steps,
     koleo_weight: Nonnegative = 0.0, gram_weight: Nonnegative = 0.0,
-    gram_from: Steps = 0, gram_every: Steps = 0) -> Objective:
+    gram_anchor: Steps = 0, gram_from: Steps = 0, gram_every: Steps = 0) -> Objective:
     """The objective of iBOT and DINOv2, which say what the options are.
 
     `swapped_prediction` of class tokens over all crops + w_p `masked_prediction` of patches of the large ones
@@ -124,8 +124,9 @@ def masked_distillation(
         if koleo_weight:
             value += koleo_weight * sum(koleo(x) for x in separate(made.cls, n_large))
         if gram_weight:
-            since = step - gram_from
-            due = (since >= 0) & (since % gram_every == 0) if gram_every else since == 0
+            due = step == (gram_anchor or gram_from)
+            if gram_every:
+                due |= (step > gram_from) & ((step - gram_from) % gram_every == 0)
             anchor = jax.tree.map(lambda old, new: jnp.where(due, new, old), aux["anchor"],
                                   followed["params"]["encoder"])
             with jax.named_scope("anchor"):

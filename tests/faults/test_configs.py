@@ -77,7 +77,7 @@ momenta = pair(lambda a, b: 0 <= a <= 1 and 0 <= b <= 1)
 # What a field of an objective takes, by its name. Whether it is required, or may be None, its signature says.
 OF_OBJECTIVES: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("view", "second", "global_view", "local_view"), is_section),
-    **dict.fromkeys(("steps", "every", "hidden", "features", "bottleneck", "patch_bottleneck",
+    **dict.fromkeys(("steps", "hidden", "features", "bottleneck", "patch_bottleneck",
                      "predictor", "depth", "chunks", "n_global", "n_prototypes", "iterations", "queue", "groups",
                      "directions", "matches", "local_features", "decoder_width", "decoder_depth", "decoder_heads",
                      "sample_length"), count),
@@ -95,6 +95,10 @@ OF_OBJECTIVES: dict[str, Callable[[Any], bool]] = {
     "teacher_temperature": pair(lambda a, b: a > 0 and b > 0),
     "weights": lambda v: every(nonnegative)(v) and len(v) == 3,
 }
+
+# What an option takes that is not in the table, by its annotation: a new objective is tested as it is.
+ANNOTATED = [(config.Count, count), (config.Natural, natural), (config.Steps, natural), (config.Positive, positive),
+             (config.Nonnegative, nonnegative), (config.Share, share), (bool, is_bool), (str, is_str)]
 
 # What each section takes: {field: domain}; "!" for what is required, "?" for what may be None.
 DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
@@ -163,11 +167,13 @@ SUPPLIED = {"model", "info", "n_examples", "devices", "on_bad", "growth"}
 
 def of_objective(path: pathlib.Path) -> dict[str, Callable[[Any], bool]]:
     """DOMAINS of an objective: by the names of its fields, but for what it has of its own."""
-    own, found = DOMAINS.get(f"objectives/{path.stem}", {}), {}
-    for name, parameter in inspect.signature(config.load("objectives", path.stem)).parameters.items():
+    make = config.load("objectives", path.stem)
+    known, found = OF_OBJECTIVES | DOMAINS.get(f"objectives/{path.stem}", {}), {}
+    annotated = {name: holds for hint, holds in ANNOTATED for name in config.fields(make, hint)}
+    for name, parameter in inspect.signature(make).parameters.items():
         if name not in SUPPLIED:
             mark = "!" if parameter.default is parameter.empty else "?" if parameter.default is None else ""
-            found[name + mark] = own.get(name) or OF_OBJECTIVES[name]
+            found[name + mark] = (annotated | known)[name]
     return found
 
 
@@ -366,8 +372,12 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("quickstart", {"run.accumulate": 3}, ("run.accumulate",)),
     ("quickstart", {"run.accumulate": 16}, ("run.accumulate",)),
     ("byol_fashion_mnist", {"run.accumulate": 2}, ("objective.steps", "run.accumulate")),
+    ("byol_fashion_mnist", {"run.steps": 48}, ("objective.steps", "run.steps")),
+    ("dinov3_fashion_mnist", {"objective.gram_from": 0}, ("objective.gram_from", "gram_weight")),
+    ("dinov3_fashion_mnist", {"objective.gram_anchor": 9}, ("objective.gram_from", "gram_anchor")),
     ("simclr_rn50", {"objective.chunks": 5}, ("objective.chunks",)),
     ("deepcluster_fashion_mnist", {"objective.clusters": (32, 3000)}, ("objective.clusters", "1437 examples")),
+    ("deepcluster_fashion_mnist", {"objective.passes": 0.01, "objective.clusters": (33,)}, ("objective.passes",)),
     ("lejepa_fashion_mnist", {"objective.n_global": 1, "objective.n_local": 0}, ("objective.n_local",)),
     ("mae_fashion_mnist", {"model.patch": 3}, ("model.patch",)),
     ("mae_fashion_mnist", {"model.image_size": 16}, ("model.image_size",)),

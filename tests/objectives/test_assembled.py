@@ -196,7 +196,12 @@ def dinov2(s):
     value += s.o.koleo_weight * 2 * koleo_by_the_paper(a, b)
     if s.o.get("gram_weight", 0) == 0:
         return value
-    held = (s.after["teacher"]["params"]["encoder"] if s.o.gram_from == 5 else s.aux["anchor"])
+    since = 5 - s.o.gram_from
+    due = s.o.get("gram_anchor", s.o.gram_from) == 5 or (since > 0 and since % s.o.gram_every == 0)
+    held = s.after["teacher"]["params"]["encoder"] if due else s.aux["anchor"]
+    jax.tree.map(np.testing.assert_array_equal, s.after["anchor"], held)
+    if since < 0:
+        return value
     of_anchor = s.model.apply({"params": held}, s.images[0])[:, 1:]
     x, y = (unit(np.float64(patches)) for patches in (s.made[1].patches, of_anchor))
     return value + s.o.gram_weight * np.square(x @ x.swapaxes(1, 2) - y @ y.swapaxes(1, 2)).mean()
@@ -226,8 +231,11 @@ LOSSES: dict[str, tuple[str, dict[str, Any], Callable[[Seen], float]]] = {
     "dino": ("dino", WARMED, dino),
     "ibot": ("ibot", TOKENS, ibot),
     "dinov2": ("dinov2", TOKENS | dict(koleo_weight=0.2), dinov2),
-    "dinov3, a new anchor": ("dinov3", TOKENS | dict(koleo_weight=0.2, gram_from=5, gram_weight=0.3), dinov2),
-    "dinov3, its anchor": ("dinov3", TOKENS | dict(koleo_weight=0.2, gram_from=3, gram_weight=0.3), dinov2),
+    **{f"dinov3, {case}": ("dinov3", TOKENS | dict(koleo_weight=0.2, gram_weight=0.3, gram_every=4) | changes, dinov2)
+       for case, changes in {
+           "a new anchor": dict(gram_from=5), "its anchor": dict(gram_from=3), "another anchor": dict(gram_from=1),
+           "an anchor for later": dict(gram_anchor=5, gram_from=7),
+           "an earlier anchor": dict(gram_anchor=2, gram_from=5)}.items()},
 }
 
 
