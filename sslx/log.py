@@ -64,21 +64,21 @@ class Logger:
         machine that changed is a new run record.
         """
         found = records(self.path.parent)
-        runs, points, happened = ([r for r in found if r["kind"] == kind] for kind in ("run", "point", "event"))
-        happened = [e for e in happened if e["step"] <= step or "lost_s" in e]
-        kept = [p for p in points if p["step"] <= step]
+        stays = {"run": lambda r: r.get("resumed_from", 0) <= step, "point": lambda r: r["step"] <= step,
+                 "event": lambda r: r["step"] <= step or "lost_s" in r}
+        left = [r for r in found if stays[r["kind"]](r)]
+        runs, kept, happened = ([r for r in left if r["kind"] == kind] for kind in ("run", "point", "event"))
         spent = kept[-1].get("spent", {"step": kept[-1].get("wall_s", 0.0)}) if kept else {}
         self.earlier_cpu_s = kept[-1].get("cpu_s", 0.0) if kept else 0.0
         self.earlier_j = kept[-1].get("energy_j", math.nan) if kept else math.nan
         spent |= {"lost": sum(e.get("lost_s", 0.0) for e in happened)}
-        now_s = max((p.get("wall_s", 0.0) for p in points), default=0.0) if wall_s is None else wall_s
+        now_s = max((r.get("wall_s", 0.0) for r in found), default=0.0) if wall_s is None else wall_s
         lost_s = max(0.0, now_s - sum(spent.values()))
         if step < self.bar.total:
-            happened.append({"kind": "event", "event": event, "step": step, "lost_s": lost_s, **fields})
-        runs = [r for r in runs if r.get("resumed_from", 0) <= step]
+            left.append({"kind": "event", "event": event, "step": step, "lost_s": lost_s, **fields})
         if not runs or identity(runs[-1]) != identity(strict(self.run)):
-            runs.append({**self.run, "resumed_from": step})
-        write_atomically(self.path, "".join(line(r) for r in (*runs, *happened, *kept)))
+            left.append({**self.run, "resumed_from": step})
+        write_atomically(self.path, "".join(map(line, left)))
         self.open_board(step + 1)
         return spent | {"lost": spent["lost"] + lost_s}
 
