@@ -12,7 +12,7 @@ An evaluation whose section has a `source` gets the built source as the split of
 import collections
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +27,8 @@ from sslx.sharding import batch_sharding, batch_shards
 HostBatch = dict[str, np.ndarray]
 
 MACHINERY = ("batch_size", "labelled")
+TAKEN = {"project": "projections, of which config.objective compares none",
+         "embed": "pairs of images and captions, which config.objective does not bring together"}
 
 
 class Subject:
@@ -34,32 +36,36 @@ class Subject:
 
     `encode` maps a host batch to features float32 [B, D] on the host; `loss` maps a host batch and its
     number, which fixes its key, to metrics, or is None where there is no objective (raw inputs), which `reads` some
-    fields beside the inputs. `embed` maps a host batch to the unit vectors of both sides of its pairs; None if there
-    are no pairs.
+    fields beside the inputs. `project` maps a host batch to projections, and `embed` to the unit vectors of both sides
+    of its pairs; None if the objective has none.
     """
 
     def __init__(self, encode: Callable[[HostBatch], np.ndarray],
                  loss: Callable[[HostBatch, int], dict[str, jax.Array]] | None,
                  splits: Mapping[str, Source], batch_size: int, on_bad: pipeline.OnBad = "skip",
-                 reads: Sequence[str] = (), embed: Callable[[HostBatch], dict[str, np.ndarray]] | None = None):
+                 reads: Sequence[str] = (), project: Callable[[HostBatch], np.ndarray] | None = None,
+                 embed: Callable[[HostBatch], dict[str, np.ndarray]] | None = None):
         self.encode, self.loss, self.splits, self.batch_size, self.on_bad = encode, loss, splits, batch_size, on_bad
-        self.reads, self.embed = reads, embed
-        self.computed: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+        self.reads, self.project, self.embed = reads, project, embed
+        self.computed: dict[tuple[str, int, str], tuple[np.ndarray, np.ndarray]] = {}
 
-    def features(self, split: str, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def features(self, split: str, rows: int | None = None,
+                 of: Literal["features", "projections"] = "features") -> tuple[np.ndarray, np.ndarray]:
         """Features float32 [N, D] of the readable ones of a split's examples, and labels int [N] (-1 for none).
 
         rows: of the first ones only.
         """
         source = self.split(split)
         n = min(rows or len(source.examples), len(source.examples))
-        if (split, n) not in self.computed:
+        if (split, n, of) not in self.computed:
+            encode = self.encode if of == "features" else self.project
+            assert encode is not None
             features, labels = [], []
             for batch, counts in batches(source, self.batch_size, self.on_bad, n):
-                features.append(self.encode(pipeline.inputs(batch, self.reads))[counts])
+                features.append(encode(pipeline.inputs(batch, self.reads))[counts])
                 labels.append(batch["label"][counts] if "label" in batch else np.full(counts.sum(), -1))
-            self.computed[split, n] = np.concatenate(features), np.concatenate(labels).astype(np.int64)
-        return self.computed[split, n]
+            self.computed[split, n, of] = np.concatenate(features), np.concatenate(labels).astype(np.int64)
+        return self.computed[split, n, of]
 
     def embeddings(self, split: str, rows: int | None = None) -> dict[str, np.ndarray]:
         """{"image", "text": float32 [N, D], "label": int [N]} of the readable ones of a split's first pairs."""
@@ -94,15 +100,16 @@ class Subject:
 class Evaluation(NamedTuple):
     """measure: Subject -> {metric: number}.
     splits:  those it reads, with the least number of examples; None for a batch.
-    pairs:   whether it embeds pairs of images and captions; of a subject without, such as raw inputs, it says nothing.
+    takes:   what an objective must have for it, of "project" and "embed"; of a subject without, such as raw inputs, it
+             says nothing.
     """
 
     measure: Callable[[Subject], dict[str, float]]
     splits: Mapping[str, int | None]
-    pairs: bool = False
+    takes: Sequence[str] = ()
 
     def __call__(self, subject: Subject) -> dict[str, float]:
-        return {} if self.pairs and subject.embed is None else self.measure(subject)
+        return {} if any(getattr(subject, name) is None for name in self.takes) else self.measure(subject)
 
 
 class Evaluate(NamedTuple):
@@ -150,9 +157,9 @@ def make(section: Mapping[str, Any], objective: Objective, mesh: jax.sharding.Me
     for key, evaluation in evaluations.items():
         if key in splits and key not in evaluation.splits:
             raise UserError(f"unknown key evals.{key}.source: this evaluation reads {' and '.join(evaluation.splits)}")
-        if evaluation.pairs and objective.embed is None:
-            raise UserError(f"evals.{key} is of pairs of images and captions, which config.objective does not bring"
-                            " together: remove it")
+        for name in evaluation.takes:
+            if getattr(objective, name) is None:
+                raise UserError(f"evals.{key} is of {TAKEN[name]}: remove it, or change its options")
         for split, least in evaluation.splits.items():
             n, wanted = len(subject.split(split).examples), batch_size if least is None else least
             if n < wanted:
@@ -165,10 +172,10 @@ def make(section: Mapping[str, Any], objective: Objective, mesh: jax.sharding.Me
 def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source], objective: Objective,
              mesh: jax.sharding.Mesh, *, batch_size: int, on_bad: pipeline.OnBad = "skip") -> Evaluate:
     """Evaluations of sources that are open: what `make` does after reading the config."""
-    encode = jax.jit(lambda params, aux, batch: jax.sharding.reshard(objective.encode(params, aux, batch), P()))
+    def compiled(f):
+        return f and jax.jit(lambda params, aux, batch: jax.sharding.reshard(f(params, aux, batch), P()))
 
-    of_pairs = objective.embed
-    embed = of_pairs and jax.jit(lambda params, aux, batch: jax.sharding.reshard(of_pairs(params, aux, batch), P()))
+    parts = [compiled(f) for f in (objective.encode, objective.project, objective.embed)]
 
     @jax.jit
     def loss(params, aux, batch, number):
@@ -179,19 +186,19 @@ def assemble(evaluations: Mapping[str, Evaluation], splits: Mapping[str, Source]
         return {k: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for k, x in batch.items()}
 
     def evaluate(params, aux):
-        def encoded(batch):
-            with jax.set_mesh(mesh):
-                return np.asarray(encode(params, aux, on_mesh(batch)), np.float32)
+        def on_host(f):
+            def found(batch):
+                with jax.set_mesh(mesh):
+                    return jax.tree.map(lambda x: np.asarray(x, np.float32), f(params, aux, on_mesh(batch)))
+
+            return f and found
 
         def metrics(batch, number):
             with jax.set_mesh(mesh):
                 return distributed.settle(loss(params, aux, on_mesh(batch), number))
 
-        def embedded(batch):
-            with jax.set_mesh(mesh):
-                return {name: np.asarray(x, np.float32) for name, x in embed(params, aux, on_mesh(batch)).items()}
-
-        return run(Subject(encoded, metrics, splits, batch_size, on_bad, objective.reads, embed and embedded))
+        encode, project, embed = map(on_host, parts)
+        return run(Subject(encode, metrics, splits, batch_size, on_bad, objective.reads, project, embed))
 
     def run(subject):
         # Every process evaluates the same features by itself, on one device, away from the mesh.

@@ -11,17 +11,18 @@ Rows = Annotated[int, Only(lambda n: 2 <= n <= LARGEST_INT, "an integer of at le
 
 
 def make(*, split: Literal["train", "test", "heldout"] = "test", rows: Rows = 25600, min_rankme: Positive = 3.0,
-         min_feature_std: Positive = 0.1) -> Evaluation:
+         min_feature_std: Positive = 0.1, of: Literal["features", "projections"] = "features") -> Evaluation:
     """`rankme` and `feature_std` of the features of a split's first `rows` examples; labels are not needed.
 
     `collapsed` is 1 if one of them is below its minimum, and else 0 (see run.on_collapse).
+    of: "projections" are what a joint embedding compares. They collapse first: features before them hold out longer.
     """
     def evaluate(subject: Subject) -> dict[str, float]:
-        features_ND, _ = subject.features(split, rows)
+        features_ND, _ = subject.features(split, rows, of)
         rank, std = rankme(features_ND), feature_std(features_ND)
         return {"rankme": rank, "feature_std": std, "collapsed": float(rank < min_rankme or std < min_feature_std)}
 
-    return Evaluation(evaluate, {split: 2})
+    return Evaluation(evaluate, {split: 2}, {"features": (), "projections": ("project",)}[of])
 
 
 def rankme(features_ND: np.ndarray, eps: float = 1e-7) -> float:

@@ -26,4 +26,4 @@ def make(*, k: tuple[Count, ...] = (1, 10), rows: Count = 5000) -> Evaluation:
                  for name, ahead_N in ahead.items() for n in k}
         return found | {f"retrieval/chance_at_{n}": min(1.0, n / len(own_N)) for n in k}
 
-    return Evaluation(evaluate, {"retrieval": max(k)}, pairs=True)
+    return Evaluation(evaluate, {"retrieval": max(k)}, ("embed",))

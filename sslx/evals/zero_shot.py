@@ -30,4 +30,4 @@ def make(*, templates: tuple[str, ...] = ("{}",)) -> Evaluation:
         guesses_N = (pairs["image"] @ text_CD.T).argmax(1)
         return {"zero_shot/accuracy": float((guesses_N == pairs["label"]).mean())}
 
-    return Evaluation(evaluate, {"test": 1}, pairs=True)
+    return Evaluation(evaluate, {"test": 1}, ("embed",))

@@ -25,6 +25,8 @@ class Objective(NamedTuple):
     show:   (params, aux, batch, key) -> {caption: images [N, H, W, C] in [0, 1] or tokens [N, T]},
             what a person looks at in the report, in the order of
             the captions' names; None if there is nothing to see.
+    project: (params, aux, batch) -> what the loss compares of each example, float32 [B, D], with the batch statistics
+            of training; None if it compares something else.
     embed:  (params, aux, batch) -> {"image", "text"}: unit vectors [B, D] of the two sides of a pair; None if there
             are no pairs.
     reads:  fields of examples beside the inputs that the loss takes: "label", or "index", the place in the source.
@@ -37,6 +39,7 @@ class Objective(NamedTuple):
     encode: Callable[[Params, Aux, Batch], jax.Array]
     show: Callable[[Params, Aux, Batch, jax.Array], dict[str, jax.Array]] | None = None
     reads: tuple[str, ...] = ()
+    project: Callable[[Params, Aux, Batch], jax.Array] | None = None
     embed: Callable[[Params, Aux, Batch], dict[str, jax.Array]] | None = None
     of_batch: bool = False
 

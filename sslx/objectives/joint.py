@@ -70,6 +70,11 @@ class Tower(NamedTuple):
             made[name] = x
         return made, moved
 
+    def project(self, params, stats, images):
+        """What the first head makes of images, [N, D]; of a head for wholes and places, what it makes of wholes."""
+        made, _ = self(params, stats, images)
+        return jax.tree.leaves(made[next(iter(self.heads))])[0].astype(jnp.float32)
+
 
 def embedded(tower: Tower, params, stats, crops: Crops, drawn: Drawn):
     """({name: what the part makes of each crop, [B, D] each, large ones first}, stats moved on)
@@ -131,5 +136,9 @@ def objective(tower: Embeds, info: Info, crops: Crops, loss: Callable,
         images = to_float(batch["image"])
         return encode_images(tower.backbone, *judged(params, aux), images, train=False)[0].astype(jnp.float32)
 
+    def project(params, aux, batch):
+        assert isinstance(tower, Tower)
+        return tower.project(params, aux["stats"], to_float(batch["image"]))
+
     return Objective(init, measured, encode, lambda params, aux, batch, key: crops.show(key, batch["image"]), reads,
-                     of_batch=True)
+                     project if isinstance(tower, Tower) else None, of_batch=True)
