@@ -16,8 +16,8 @@ from sslx.sharding import batch_sharding, make_mesh
 
 STEPS = 24  # of every config's debug variant
 FLAGS = ("--config.run.log_every=1", "--config.run.save_every=5")
-# A scanned decoder; a teacher and a queue that is partly full; clusters in the middle of a pass.
-AMONG_THE_QUICK = ("quickstart", "moco_fashion_mnist", "deepcluster_fashion_mnist")
+# A scanned decoder; a teacher and a queue that is partly full; a schedule; clusters in the middle of a pass.
+AMONG_THE_QUICK = ("quickstart", "moco_fashion_mnist", "byol_fashion_mnist", "deepcluster_fashion_mnist")
 CONFIGS = [pytest.param(p.stem, marks=() if p.stem in AMONG_THE_QUICK else pytest.mark.slow)
            for p in sorted(command.CONFIGS.glob("*.py"))]
 
