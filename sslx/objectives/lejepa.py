@@ -38,10 +38,16 @@ def sigreg(x_BD, directions_DM, knots: int = 17, furthest: float = 3.0):
     return len(x_BD) * (error_MT * weight_T).sum(-1).mean()
 
 
+def alike(z_VBD, n_global: int):
+    """Mean over views of (z_v - mean of the first `n_global` views' z)^2; a sequence of [B, D]."""
+    centre_BD = sum(z_VBD[:n_global]) / n_global
+    return sum(jnp.square(z_BD - centre_BD).mean() for z_BD in z_VBD) / len(z_VBD)
+
+
 def make(model: Backbone, info: Info, *, global_view: dict[str, Any], local_view: dict[str, Any], n_global: Count = 2,
          n_local: Natural = 6, weight: Share = 0.05, directions: Count = 1024, knots: Knots = 17,
          furthest: Positive = 3.0, hidden: Count = 2048, features: Count = 128) -> Objective:
-    """LeJEPA: (1 - w) mean (z_v - mean of the global views' z)^2 + w SIGReg, the mean over views.
+    """LeJEPA: (1 - w) `alike` + w `sigreg`, the mean over views.
 
     global_view, local_view: arguments of `views.image.augmentation`.
     weight:     w of SIGReg, along `directions` that are drawn anew at each step.
@@ -56,10 +62,8 @@ def make(model: Backbone, info: Info, *, global_view: dict[str, Any], local_view
     def loss(params, aux, drawn):
         made, stats = embedded(tower, params, aux["stats"], crops, drawn)
         z = [x.astype(jnp.float32) for x in made["projector"]]
-        centre = sum(z[:n_global]) / n_global
         axes = unit(jax.random.normal(drawn.key, (features, directions)), axis=0)
-        alike = sum(jnp.square(x - centre).mean() for x in z) / len(z)
         normal = sum(sigreg(x, axes, knots, furthest) for x in z) / len(z)
-        return (1 - weight) * alike + weight * normal, {"stats": stats}
+        return (1 - weight) * alike(z, n_global) + weight * normal, {"stats": stats}
 
     return objective(tower, info, crops, loss)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from sslx.config import UserError
 from sslx.sharding import RULES, axis_size, replicate, spec
 
-PARTS = 64  # so many equal parts, whatever the mesh, that a checkpoint moves to another
+PARTS = 1024  # so many equal parts, whatever the mesh, that a checkpoint moves to another
 
 
 def spread(n_examples: int, *features: int):
@@ -19,7 +19,7 @@ def spread(n_examples: int, *features: int):
     n, devices = -(-n_examples // PARTS) * PARTS, axis_size("batch")
     if n % devices:
         raise UserError(f"a memory of {n_examples} examples, filled up to {n}, does not divide over the {devices}"
-                        " devices that share a batch (mesh.data x mesh.fsdp); choose a divisor of 64")
+                        f" devices that share a batch (mesh.data x mesh.fsdp); choose a divisor of {PARTS}")
     return jnp.zeros((n, *features), out_sharding=spec("batch"))
 
 

@@ -15,7 +15,7 @@ from sslx.models.heads import Projector
 from sslx.objectives import Objective
 from sslx.objectives.crops import pair
 from sslx.objectives.joint import Tower, mean_cosine, objective
-from sslx.sharding import spec
+from sslx.sharding import axis_size, spec
 from sslx.views import separate
 
 
@@ -23,12 +23,15 @@ def whitened(x_BD, groups: int = 1, shrinkage: float = 0.0):
     """L^-1 (x - mean), L L^T the covariance of a group, the rows i mod `groups`: its features are uncorrelated.
 
     shrinkage: the share of the identity in the covariance.
-    Raises UserError unless the groups are of one size, and of more rows than features.
+    Raises UserError unless the groups are of one size, of more rows than features, and on all devices of a batch.
     """
     B, D = x_BD.shape
     if B % groups or B // groups <= D:
         raise UserError(f"config.objective.groups={groups} of a batch of {B}: each must have more rows than"
                         f" config.objective.features={D} for a covariance that can be inverted")
+    if B // groups % (devices := axis_size("batch")):
+        raise UserError(f"config.objective.groups={groups} of a batch of {B} do not divide over the {devices} devices"
+                        " that share it (mesh.data x mesh.fsdp): choose fewer groups, or a larger batch")
     x_BGD = jnp.reshape(x_BD.astype(jnp.float32), (B // groups, groups, D), out_sharding=spec("batch"))
     x_BGD = x_BGD - x_BGD.mean(0)
     whole = jax.sharding.PartitionSpec()

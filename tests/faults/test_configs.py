@@ -159,7 +159,7 @@ DOMAINS: dict[str, dict[str, Callable[[Any], bool]]] = {
     "evals/zero_shot": {"templates": every(lambda v: is_str(v) and "{}" in v)},
     "evals/knn": {"k": count, "chunk": count},
     "evals/collapse": {"split": one_of("train", "test", "heldout"), "rows": whole(2), "min_rankme": positive,
-                       "min_feature_std": positive},
+                       "min_feature_std": positive, "of": one_of("features", "projections")},
 }
 # Options of an evaluation stand in its file, `source` beside them; the rest is what sslx itself supplies.
 SUPPLIED = {"model", "info", "n_examples", "devices", "on_bad", "growth"}
@@ -378,6 +378,9 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     ("simclr_rn50", {"objective.chunks": 5}, ("objective.chunks",)),
     ("deepcluster_fashion_mnist", {"objective.clusters": (32, 3000)}, ("objective.clusters", "1437 examples")),
     ("deepcluster_fashion_mnist", {"objective.passes": 0.01, "objective.clusters": (33,)}, ("objective.passes",)),
+    ("mae_fashion_mnist", {"evals.collapse": {"of": "projections"}}, ("evals.collapse", "projections")),
+    ("dinov2_fashion_mnist", {"evals.collapse": {"of": "projections"}}, ("evals.collapse", "projections")),
+    ("w_mse_fashion_mnist", {"objective.groups": 8, "objective.features": 3}, ("objective.groups", "8 devices")),
     ("lejepa_fashion_mnist", {"objective.n_global": 1, "objective.n_local": 0}, ("objective.n_local",)),
     ("mae_fashion_mnist", {"model.patch": 3}, ("model.patch",)),
     ("mae_fashion_mnist", {"model.image_size": 16}, ("model.image_size",)),

@@ -1,5 +1,6 @@
-"""Losses of joint embeddings against NumPy in float64 and, where it is installed, lightly; 8 devices against one."""
+"""Losses of joint embeddings against NumPy in float64 and, where they are installed, lightly and transformers."""
 
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,9 +19,10 @@ from sslx.objectives.barlow_twins import redundancy_reduction
 from sslx.objectives.byol import prediction_error
 from sslx.objectives.clip import inverse_temperature, symmetric_info_nce
 from sslx.objectives.contrast import info_nce
+from sslx.objectives.deepcluster import cluster_prediction
 from sslx.objectives.dino import self_distillation
 from sslx.objectives.joint import mean_cosine
-from sslx.objectives.lejepa import sigreg
+from sslx.objectives.lejepa import alike, sigreg
 from sslx.objectives.masked_distillation import gram_anchoring, koleo, masked_prediction
 from sslx.objectives.moco import queue_contrast
 from sslx.objectives.siglip import sigmoid_contrast
@@ -122,6 +124,34 @@ def lejepa_of_lightly(losses, torch):
     return loss
 
 
+def three(a, b):
+    """Two global views and a local one."""
+    return [a, b, a / 2 - b]
+
+
+def alike_by_the_paper(a, b):
+    return np.mean([np.square(x - (a + b) / 2) for x in three(a, b)])
+
+
+def alike_of_lightly(losses, torch):
+    invariance = losses.lejepa_loss.lejepa_invariance_loss
+    return lambda a, b: invariance(all_proj=torch.stack(three(a, b)), global_proj=torch.stack([a, b]))
+
+
+def centroids(D):
+    return unit(constant("centroids", 6, D))
+
+
+def clusters(a, b):
+    z = [heads.unit(a), heads.unit(b)]
+    return cluster_prediction(z, jnp.float32(centroids(a.shape[1])), labels(len(a)) % 6, 0.1)
+
+
+def clusters_by_the_paper(a, b):
+    return np.mean([nll(centroids(a.shape[1]) @ x / 0.1, labels(len(a))[i] % 6)
+                    for view in (a, b) for i, x in enumerate(unit(view))])
+
+
 def sinkhorn_by_the_paper(scores):
     q = np.exp(scores / 0.05)
     for _ in range(3):
@@ -215,6 +245,26 @@ def gram_by_the_paper(a, b):
     return np.square(unit(a) @ unit(a).T - unit(b) @ unit(b).T).mean()
 
 
+def clip_of_transformers(losses, torch):
+    criterion = pytest.importorskip("transformers.models.clip.modeling_clip").image_text_contrastive_loss
+    normed = torch.nn.functional.normalize
+    return lambda a, b: criterion(normed(b) @ normed(a).T / 0.2)
+
+
+def siglip_of_transformers(losses, torch):
+    """What the model makes of towers that give the two views."""
+    siglip = pytest.importorskip("transformers.models.siglip.modeling_siglip").SiglipModel
+
+    def loss(a, b):
+        towers = {name: lambda x=x, **_: types.SimpleNamespace(pooler_output=x)
+                  for name, x in (("vision_model", a), ("text_model", b))}
+        model = types.SimpleNamespace(**towers, config=types.SimpleNamespace(return_dict=True),
+                                      logit_scale=torch.tensor(7.0).log(), logit_bias=torch.tensor(-3.0))
+        return siglip.forward(model, return_loss=True).loss
+
+    return loss
+
+
 def siglip_by_the_paper(a, b):
     sign = 2 * np.eye(len(a)) - 1
     return -np.log(1 / (1 + np.exp(-sign * (7 * unit(a) @ unit(b).T - 3)))).sum() / len(a)
@@ -284,11 +334,11 @@ def local_vicreg_of_lightly(losses, torch):
 
 
 class Case(NamedTuple):
-    """A loss of two views [B, D]; `lightly` makes its own of (lightly.loss, torch)."""
+    """A loss of two views [B, D]; `peer` makes that of lightly or transformers of (lightly.loss, torch)."""
 
     ours: Callable
     paper: Callable
-    lightly: Callable | None = None
+    peer: Callable | None = None
     target: bool = False  # the second view is a target and gets no gradient
     least: int = 1  # rows for each feature
     rows: int = 1  # a multiple of which the loss takes
@@ -316,24 +366,27 @@ LOSSES = {
                       embedding_dim=a.shape[1], w_size=len(a))(torch.cat([a, b])), least=2),
     "sigreg": Case(lambda a, b: (sigreg(a, directions(a.shape[1])) + sigreg(b, directions(a.shape[1]))) / 2,
                    sigreg_by_the_paper, lejepa_of_lightly),
+    "alike": Case(lambda a, b: alike(three(a, b), 2), alike_by_the_paper, alike_of_lightly),
+    "deepcluster": Case(clusters, clusters_by_the_paper),
     "swav": Case(swav, swav_by_the_paper, lambda losses, torch: lambda a, b: swav_of_lightly(losses, torch, a, b)),
     "dino": Case(dino, dino_by_the_paper, dino_of_lightly),
     "ibot_patches": Case(patches, patches_by_the_paper, patches_of_lightly, target=True),
     "koleo": Case(lambda a, b: (koleo(a) + koleo(b)) / 2, koleo_by_the_paper, koleo_of_lightly),
     "gram": Case(gram, gram_by_the_paper, target=True, whole=True),
     "clip": Case(lambda a, b: symmetric_info_nce(heads.unit(a), heads.unit(b), 0.2),
-                 lambda a, b: (info_nce_by_the_paper(a, b) + info_nce_by_the_paper(b, a)) / 2),
+                 lambda a, b: (info_nce_by_the_paper(a, b) + info_nce_by_the_paper(b, a)) / 2, clip_of_transformers),
     "vicregl": Case(local_vicreg, local_vicreg_by_the_paper, local_vicreg_of_lightly, rows=4 * PLACES),
-    "siglip": Case(lambda a, b: sigmoid_contrast(heads.unit(a), heads.unit(b), 7.0, -3.0), siglip_by_the_paper),
+    "siglip": Case(lambda a, b: sigmoid_contrast(heads.unit(a), heads.unit(b), 7.0, -3.0), siglip_by_the_paper,
+                   siglip_of_transformers),
     "sup_con": Case(lambda a, b: supervised_contrast(heads.unit(a), heads.unit(b), labels(len(a)), len(a), 0.3),
                     sup_con_by_the_paper),
 }
 
 
 def swav_of_lightly(losses, torch, a, b):
+    criterion = losses.SwaVLoss()
     q = [losses.swav_loss.sinkhorn(torch.tanh(torch.tensor(constant(n, *a.shape)))) for n in "ab"]
-    log_p = [torch.log_softmax(torch.tanh(x) / 0.1, 1) for x in (a, b)]
-    return -((q[0] * log_p[1]).sum(1).mean() + (q[1] * log_p[0]).sum(1).mean()) / 2
+    return (criterion.subloss(torch.tanh(b), q[0]) + criterion.subloss(torch.tanh(a), q[1])) / 2
 
 
 every_loss = pytest.mark.parametrize("name", LOSSES)
@@ -363,14 +416,14 @@ def test_loss_is_that_of_the_paper(name, seed, B, D, one_device):
 
 @every_loss
 @pytest.mark.parametrize("seed, B, D", [(0, 4, 3), (1, 32, 16)])
-def test_loss_is_that_of_lightly(name, seed, B, D, one_device):
+def test_loss_is_that_of_its_peer(name, seed, B, D, one_device):
     torch, losses = pytest.importorskip("torch"), pytest.importorskip("lightly.loss")
     case = LOSSES[name]
-    if case.lightly is None:
-        pytest.skip("lightly has no class for it")
+    if case.peer is None:
+        pytest.skip("neither lightly nor transformers has one")
     arrays = views(seed, case.enough(B, D), D)
     a, b = (torch.tensor(x, requires_grad=True) for x in arrays)
-    value = case.lightly(losses, torch)(a, b.detach() if case.target else b)
+    value = case.peer(losses, torch)(a, b.detach() if case.target else b)
     value.backward()
     expected = [np.zeros_like(x) if y.grad is None else y.grad.numpy() for x, y in zip(arrays, (a, b), strict=True)]
     found, gradients = jax.value_and_grad(case.ours, (0, 1))(*arrays)

@@ -97,9 +97,9 @@ def test_sinkhorn_is_over_the_global_batch(on_mesh):
 
 
 def test_a_memory_is_written_where_an_example_is(on_mesh):
-    expected, index = np.zeros((128, 3), np.float32), np.random.default_rng(0).permutation(100)
+    expected, index = np.zeros((memory.PARTS, 3), np.float32), np.random.default_rng(0).permutation(100)
     held = memory.spread(100, 3)
-    assert held.shape == (128, 3)
+    assert held.shape == expected.shape
     for step in range(6):
         of_step, new = index[16 * step:16 * (step + 1)], rows(step, 16, 3)
         held = jax.jit(memory.write)(held, on_mesh(of_step), on_mesh(new))
