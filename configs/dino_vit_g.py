@@ -25,7 +25,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
                             temperature_warmup=steps // 8)
     config.data = dict(batch_size=16 if debug else 1024, train=images, synthetic=rows)
     config.optim = dict(steps=steps, learning_rate=5e-4, schedule="cosine", warmup=steps // 10, weight_decay=0.04,
-                        clip=3.0, moments="bfloat16")
+                        final_weight_decay=0.4, clip=3.0, moments="bfloat16")
     config.run = dict(steps=steps, seed=0, log_every=4 if debug else 20, eval_every=steps // 4, save_every=steps // 4)
     config.evals = dict(batch_size=8 if debug else 512, collapse=dict(),
                         labelled=dict(test=images))
