@@ -22,12 +22,13 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     # Weaker looks leave the brightness of an image as a shortcut: docs/joint_embeddings.md.
     looks = (dict(flip=0.0, brightness=0.4, contrast=0.4, blur=0.0) if digits else
              dict(flip=0.5, jitter=1.0, brightness=0.8, contrast=0.8, blur=0.5, solarize=0.2))
-    # The papers' warmer and slower teachers are for runs of epochs: here their assignments would become uniform.
+    # The paper's warmer and slower teachers, and slower centres, are for runs of epochs: here assignments would become
+    # uniform.
     config.objective = dict(name="dino", steps=steps, global_view=looks | dict(size=size, scale=(0.4, 1.0)),
                             local_view=looks | dict(size=small, scale=(0.15, 0.4)), n_local=2,
                             n_prototypes=64 if debug else 1024, hidden=64 if debug else 256,
                             bottleneck=32 if debug else 64, teacher_temperature=(0.04, 0.04),
-                            temperature_warmup=0, momentum=(0.97, 1.0), batch_norm=True)
+                            temperature_warmup=0, momentum=(0.97, 1.0), centre_momentum=0.5, batch_norm=True)
     config.data = dict(batch_size=32 if debug else 128, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=3e-3, schedule="cosine", warmup=steps // 10, weight_decay=0.04,
                         clip=3.0, freeze_prototypes=steps // 20)

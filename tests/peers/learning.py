@@ -3,7 +3,7 @@
 What configs/METHOD_fashion_mnist.py learns here and what lightly's parts learn in PyTorch: the same network (SimCLR's
 ResNet), images in the same order, views to the bit, optimizer and schedule, so many steps. kNN-5 / linear probe by the
 evaluations of the config, on all test images, and the CPU-seconds of both, without compilation and evaluation; those of
-the peer hold the views, which sslx makes for it: means over seeds, and the median of their ratios. What F has already
+the peer hold the views, which sslx makes for it: means over all seeds of F, and the median of their ratios. What F has
 is not run again. Wants `pip install -e .[peers]`; on one core: `taskset -c 0`.
 """
 
@@ -166,7 +166,8 @@ def dino(D: int, o: Any, steps: int) -> Made:
     head, of_teacher = (modules.DINOProjectionHead(D, o.hidden, o.bottleneck, o.n_prototypes) for _ in range(2))
     of_teacher.load_state_dict(head.state_dict())  # with its weight norm it cannot be copied
     held: list[nn.Module] = []
-    criterion = losses.DINOLoss(o.n_prototypes, *o.teacher_temperature, o.temperature_warmup)
+    criterion = losses.DINOLoss(o.n_prototypes, *o.teacher_temperature, o.temperature_warmup,
+                                center_momentum=o.centre_momentum)
 
     def loss(net, views, step):
         held.extend([] if held else [copy.deepcopy(net), of_teacher])
@@ -310,7 +311,7 @@ def main() -> None:
     if given.json and given.json.exists():
         everything = json.loads(given.json.read_text())
     seeds = given.seeds.split(",")
-    print("| kNN-5 / probe, CPU-seconds | sslx | lightly | CPU |\n|---|---|---|---|")
+    print("| kNN-5 / probe, CPU-seconds | seeds | sslx | lightly | CPU |\n|---|---|---|---|---|")
     for name in given.methods or METHODS:
         found = everything.setdefault(str(given.steps), {}).setdefault(name, {"sslx": {}, "lightly": {}})
         for seed in seeds:
@@ -322,11 +323,11 @@ def main() -> None:
                 found["lightly"][seed] = theirs(name, built, given.steps)
             if given.json:
                 given.json.write_text(json.dumps(everything, indent=1) + "\n")
-        means = {side: {k: statistics.fmean(runs[seed][k] for seed in seeds) for k in ("knn", "probe", "cpu_s")}
+        means = {side: {k: statistics.fmean(run[k] for run in runs.values()) for k in ("knn", "probe", "cpu_s")}
                  for side, runs in found.items()}
         cells = [f"{m['knn']:.1f} / {m['probe']:.1f}, {m['cpu_s']:.0f}" for m in means.values()]
-        ratio = statistics.median(found["lightly"][seed]["cpu_s"] / found["sslx"][seed]["cpu_s"] for seed in seeds)
-        print(f"| {name} | {' | '.join(cells)} | {ratio:.2f}x |", flush=True)
+        ratio = statistics.median(found["lightly"][seed]["cpu_s"] / run["cpu_s"] for seed, run in found["sslx"].items())
+        print(f"| {name} | {len(found['sslx'])} | {' | '.join(cells)} | {ratio:.2f}x |", flush=True)
 
 
 if __name__ == "__main__":
