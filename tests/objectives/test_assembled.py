@@ -230,6 +230,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any], Callable[[Seen], float]]] = {
     "lejepa": ("lejepa", {}, lejepa),
     "dino": ("dino", WARMED, dino),
     "ibot": ("ibot", TOKENS, ibot),
+    "ibot, heads apart": ("ibot", TOKENS | dict(shared_head=False), ibot),
     "dinov2": ("dinov2", TOKENS | dict(koleo_weight=0.2), dinov2),
     **{f"dinov3, {case}": ("dinov3", TOKENS | dict(koleo_weight=0.2, gram_weight=0.3, gram_every=4) | changes, dinov2)
        for case, changes in {
