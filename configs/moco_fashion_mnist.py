@@ -22,7 +22,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     looks = (dict(flip=0.0, brightness=0.4, contrast=0.4, blur=0.0) if digits else
              dict(flip=0.5, jitter=1.0, brightness=0.8, contrast=0.8, blur=0.5, solarize=0.2))
     view = dict(size=size, scale=(0.3, 1.0), **looks)
-    config.objective = dict(name="moco", view=view, queue=512 if debug else 4096, temperature=0.1, momentum=0.99,
+    config.objective = dict(name="moco", view=view, queue=64 if debug else 4096, temperature=0.1, momentum=0.99,
                             symmetric=True, hidden=32 if debug else 512, features=16 if debug else 128)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=2e-3 if debug else 5e-3, schedule="cosine",

@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     crops = dict(global_view=looks | dict(size=size, scale=(0.4, 1.0)),
                  local_view=looks | dict(size=small, scale=(0.15, 0.4)))
     config.objective = dict(name="swav", **crops, n_local=2, n_prototypes=16 if debug else 256,
-                            hidden=32 if debug else 512, features=16 if debug else 128, queue=512 if debug else 1024,
+                            hidden=32 if debug else 512, features=16 if debug else 128, queue=64 if debug else 1024,
                             queue_from=steps // 10)
     config.data = dict(batch_size=32 if debug else 256, train=images | dict(split="train"))
     config.optim = dict(steps=steps, learning_rate=5e-3, schedule="cosine", warmup=steps // 20, weight_decay=1e-4,

@@ -18,6 +18,8 @@ STEPS = 24  # of every config's debug variant
 FLAGS = ("--config.run.log_every=1", "--config.run.save_every=5")
 # A scanned decoder; a teacher and a queue that is partly full; a schedule; clusters in the middle of a pass.
 AMONG_THE_QUICK = ("quickstart", "moco_fashion_mnist", "byol_fashion_mnist", "deepcluster_fashion_mnist")
+OWN = {"quickstart": "--config.model.dtype=float32",
+       **{f"{name}_fashion_mnist": "--config.objective.queue=512" for name in ("moco", "nnclr", "swav")}}
 CONFIGS = [pytest.param(p.stem, marks=() if p.stem in AMONG_THE_QUICK else pytest.mark.slow)
            for p in sorted(command.CONFIGS.glob("*.py"))]
 
@@ -30,8 +32,7 @@ def uninterrupted(tmp_path_factory):
     def whole(name):
         if name not in done:
             line, workdir = ["--config", command.CONFIGS / f"{name}.py:debug", *FLAGS], tmp_path_factory.mktemp(name)
-            if name == "quickstart":
-                line.append("--config.model.dtype=float32")
+            line += [OWN[name]] if name in OWN else []
             status, _, err = command.run(*line, "--workdir", workdir)
             assert status == 0, err
             done[name] = line, workdir

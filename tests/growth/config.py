@@ -16,7 +16,7 @@ def get_config(arg: str) -> ml_collections.ConfigDict:
                  dict(name="causal_lm"), dict(name="synthetic", modality="text", length=128, vocab_size=256), 8),
         "pairs": (vit, dict(name="simclr", view=crop, hidden=128, features=256), images, 64),
         "crops": (vit | dict(pool="cls"), dict(name="dino", global_view=crop, local_view=crop | dict(size=8), n_local=2,
-                                               n_prototypes=1024, hidden=256, bottleneck=64, steps=100), images, 32),
+                                               n_prototypes=1024, hidden=256, bottleneck=64, steps=1000), images, 32),
     }[arg]
     return ml_collections.ConfigDict(dict(
         mesh=dict(data=1), model=model, objective=objective, evals={}, run=dict(steps=1000),

@@ -228,7 +228,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any], Callable[[Seen], float]]] = {
     "swav": ("swav", dict(queue_from=0), swav),
     "deepcluster": ("deepcluster", {}, deepcluster),
     "lejepa": ("lejepa", {}, lejepa),
-    "dino": ("dino", WARMED, dino),
+    "dino": ("dino", WARMED | dict(centre_momentum=0.9), dino),
     "ibot": ("ibot", TOKENS, ibot),
     "ibot, heads apart": ("ibot", TOKENS | dict(shared_head=False), ibot),
     "dinov2": ("dinov2", TOKENS | dict(koleo_weight=0.2), dinov2),
