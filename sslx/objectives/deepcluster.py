@@ -45,10 +45,9 @@ def k_means(x_ND, start_KD, iterations: int):
     return centroid_KD, jnp.where(known_N, nearest(centroid_KD), UNSEEN)
 
 
-def cluster_prediction(z_VBD, centroid_KD, target_B, temperature):
-    """Mean over crops and rows of -log softmax(z . centroids / t) at the row's cluster; a sequence of unit [B, D]."""
-    logits_VBK = [jnp.einsum("bd,kd->bk", z_BD, centroid_KD) / temperature for z_BD in z_VBD]
-    return sum(cross_entropy(x_BK, target_B).mean() for x_BK in logits_VBK) / len(z_VBD)
+def cluster_prediction(logits_VBK, target_B):
+    """Mean over crops and rows of -log softmax(logits) at the row's cluster; a sequence of [B, K]."""
+    return sum(cross_entropy(x_BK, target_B).mean() for x_BK in logits_VBK) / len(logits_VBK)
 
 
 def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str, Any], local_view: dict[str, Any],
@@ -109,10 +108,10 @@ def make(model: Backbone, info: Info, n_examples: int, *, global_view: dict[str,
         z_VBD = [unit(x) for x in made["projector"]]
         value = jnp.float32(0)
         for centroid_KD, cluster_N in zip(centroids, cluster, strict=True):
-            balanced_B = sinkhorn(jnp.einsum("bd,kd->bk", z_VBD[0], centroid_KD), temperature).argmax(1)
+            logits_VBK = [jnp.einsum("bd,kd->bk", z_BD, centroid_KD) / temperature for z_BD in z_VBD]
             known_B = cluster_N.at[index_B].get(out_sharding=spec_of(index_B))
-            target_B = jnp.where((known_B == UNSEEN) | (index_B < 0), balanced_B, known_B)
-            value += cluster_prediction(z_VBD, centroid_KD, target_B, temperature) / len(clusters)
+            target_B = jnp.where((known_B == UNSEEN) | (index_B < 0), sinkhorn(logits_VBK[0], 1.0).argmax(1), known_B)
+            value += cluster_prediction(logits_VBK, target_B) / len(clusters)
         memory = [write(x_ND, index_B, z_BD) for x_ND, z_BD in zip(aux["memory"], z_VBD[:2], strict=True)]
         return value, {"stats": stats, "step": step + 1, "memory": memory, "centroids": centroids, "cluster": cluster}
 

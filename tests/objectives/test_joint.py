@@ -143,8 +143,8 @@ def centroids(D):
 
 
 def clusters(a, b):
-    z = [heads.unit(a), heads.unit(b)]
-    return cluster_prediction(z, jnp.float32(centroids(a.shape[1])), labels(len(a)) % 6, 0.1)
+    logits = [heads.unit(x) @ jnp.float32(centroids(a.shape[1])).T / 0.1 for x in (a, b)]
+    return cluster_prediction(logits, labels(len(a)) % 6)
 
 
 def clusters_by_the_paper(a, b):
