@@ -136,9 +136,7 @@ def objective(tower: Embeds, info: Info, crops: Crops, loss: Callable,
         images = to_float(batch["image"])
         return encode_images(tower.backbone, *judged(params, aux), images, train=False)[0].astype(jnp.float32)
 
-    def project(params, aux, batch):
-        assert isinstance(tower, Tower)
-        return tower.project(params, aux["stats"], to_float(batch["image"]))
-
+    of_tower = tower.project if isinstance(tower, Tower) else None
+    project = of_tower and (lambda params, aux, batch: of_tower(params, aux["stats"], to_float(batch["image"])))
     return Objective(init, measured, encode, lambda params, aux, batch, key: crops.show(key, batch["image"]), reads,
-                     project if isinstance(tower, Tower) else None, of_batch=True)
+                     project, of_batch=True)
